@@ -1,0 +1,153 @@
+"""sparse_linear against F.linear of the same shape: decode (few rows) to prefill (many), sparsity 0 to 0.9, weights beyond the caches."""
+
+import math
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from torch_cpu_ext import kernel_isa
+from torch_cpu_ext.sparse_linear import linear, magnitude_mask, pack
+
+from common import Row, interleave, main, rotate, row
+
+SHAPE = (11008, 4096)  # out_features, in_features: an MLP projection of a 7B Llama
+SMALL_SHAPES = ((4096, 4096), (1024, 4096), (1536, 576), (192, 576))  # the last two are SmolLM2's
+ROWS = (1, 2, 4, 8, 16, 64, 512)
+SPARSITIES = (0.0, 0.3, 0.5, 0.7, 0.9)
+DTYPES = ("bf16", "int8", "fp32")
+COLD_BYTES = 160 << 20  # what rotated copies of a weight come to: several times the largest last-level cache of a desktop or cloud machine
+
+Call = Callable[[], object]
+
+
+def copies(tensor: Tensor) -> list[Tensor]:
+    """The tensor at as many addresses as it takes to be out of every cache when its turn comes again."""
+    return [tensor.clone() for _ in range(math.ceil(COLD_BYTES / (tensor.numel() * tensor.element_size())))]
+
+
+class Layers:
+    """One weight, dense and packed in every way asked for, each copied until it outgrows the caches."""
+
+    def __init__(self, shape: tuple[int, int], dtypes: tuple[str, ...], sparsities: tuple[float, ...]) -> None:
+        torch.manual_seed(0)
+        self.shape = shape
+        weight = torch.randn(shape) / math.sqrt(shape[1])
+        self.peers = {"F.linear fp32": copies(weight), "F.linear bf16": copies(weight.bfloat16())}
+        self.packed: dict[tuple[str, float], list[Tensor]] = {}
+        for sparsity in sparsities:
+            pruned = weight * magnitude_mask(weight, sparsity)
+            for dtype in dtypes:
+                self.packed[dtype, sparsity] = copies(pack(pruned, dtype=dtype))
+
+    def calls(self, m: int) -> dict[object, Call]:
+        """A call a peer and a call a packing, each with its weights in rotation."""
+        x = torch.randn(m, self.shape[1])
+        inputs = {"F.linear fp32": x, "F.linear bf16": x.bfloat16()}
+        found: dict[object, Call] = {
+            name: rotate([lambda w=w, x=inputs[name]: F.linear(x, w) for w in weights]) for name, weights in self.peers.items()
+        }
+        for (dtype, sparsity), weights in self.packed.items():
+            own = x if dtype == "fp32" else x.bfloat16()
+            found[dtype, sparsity] = rotate([lambda p=p, x=own: linear(x, p, None, self.shape[0]) for p in weights])
+        return found
+
+
+def read_calls() -> dict[object, Call]:
+    """Two ways to read memory and do next to nothing; the faster one is what the machine can stream."""
+    block = torch.ones(COLD_BYTES // 4)
+    return {"read by sum": block.sum, "read by max": block.amax}
+
+
+def measure(layers: Layers, m: int, repeats: int) -> Iterator[Row]:
+    """Rows for one number of input rows."""
+    times = interleave({**layers.calls(m), **read_calls()}, repeats)
+    read = COLD_BYTES / min(times["read by sum"], times["read by max"]) / 1e9
+    n, k = layers.shape
+    for (dtype, sparsity), weights in layers.packed.items():
+        seconds, size = times[dtype, sparsity], weights[0].numel()
+        speed = size / seconds / 1e9
+        for peer in layers.peers:
+            config = {
+                "dtype": dtype,
+                "sparsity": sparsity,
+                "m": m,
+                "n": n,
+                "k": k,
+                "kernel_isa": kernel_isa("sparse_linear", dtype),
+                "bytes": size,
+                "gb_per_s": round(speed, 2),
+                "read_gb_per_s": round(read, 2),
+                "share_of_read": round(speed / read, 3),
+            }
+            yield row(f"M={m} {n}x{k} {dtype} sparsity {sparsity:g}", seconds, peer, times[peer], config)
+
+
+def overhead() -> Row:
+    """What a call costs when there is next to nothing to compute."""
+    weight, x = torch.randn(16, 16), torch.randn(1, 16)
+    packed = pack(weight)
+    op = torch.ops.torch_cpu_ext.sparse_linear.default
+    times = interleave({"ours": lambda: op(x, packed, None, 16), "peer": lambda: F.linear(x, weight)}, 51)
+    return row("call overhead, 16x16", times["ours"], "F.linear fp32", times["peer"], {"dtype": "bf16", "m": 1, "n": 16, "k": 16})
+
+
+def rows(quick: bool) -> Iterator[Row]:
+    """All results, or a few of them."""
+    yield overhead()
+    if quick:
+        layers = Layers((4096, 4096), ("bf16", "int8"), (0.5,))
+        for m in (1, 8, 64):
+            yield from measure(layers, m, 7)
+        return
+    for shape in SMALL_SHAPES:
+        yield from measure(Layers(shape, DTYPES, (0.0, 0.5)), 1, 21)
+    layers = Layers(SHAPE, DTYPES, SPARSITIES)
+    for m in ROWS:
+        yield from measure(layers, m, 15 if m < 64 else 5)
+
+
+def bars() -> dict[str, float]:
+    """What bars.toml promises."""
+    layers = Layers(SHAPE, ("bf16", "int8"), (0.5,))
+    decode = {r["config"]["dtype"]: r for r in measure(layers, 1, 41) if r["peer"] == "F.linear bf16"}
+    prefill = [r for m in (64, 512) for r in measure(layers, m, 9) if r["peer"] == "F.linear bf16"]
+    return {
+        "one row, bf16 at 50 %, times F.linear bf16": decode["bf16"]["ratio"],
+        "one row, int8 at 50 %, times F.linear bf16": decode["int8"]["ratio"],
+        "one row, bf16 at 50 %, share of the plain read": decode["bf16"]["config"]["share_of_read"],
+        "one row, int8 at 50 %, share of the plain read": decode["int8"]["config"]["share_of_read"],
+        "64 and 512 rows at 50 %, times F.linear bf16, the worst": min(r["ratio"] for r in prefill),
+        "call overhead (us)": overhead()["ours_ms"] * 1e3,
+        "import after torch (ms)": _median(_import_ms, 5),
+        "first build (s)": _build_s(),
+    }
+
+
+def _median(measure: Callable[[], float], repeats: int) -> float:
+    return sorted(measure() for _ in range(repeats))[repeats // 2]
+
+
+def _run(code: str, **environment: str) -> float:
+    import os
+
+    done = subprocess.run([sys.executable, "-c", code], env={**os.environ, **environment}, capture_output=True, text=True, check=True)
+    return float(done.stdout)
+
+
+def _import_ms() -> float:
+    return _run("import time, torch; t = time.perf_counter(); import torch_cpu_ext; print((time.perf_counter() - t) * 1e3)")
+
+
+def _build_s() -> float:
+    with tempfile.TemporaryDirectory() as folder:
+        code = "import time, torch_cpu_ext as tce; t = time.perf_counter(); tce.load('sparse_linear'); print(time.perf_counter() - t)"
+        return _run(code, TORCH_CPU_EXT_CACHE_DIR=folder, TORCH_CPU_EXT_STRICT="1")
+
+
+if __name__ == "__main__":
+    main(rows, bars)

@@ -1,0 +1,63 @@
+// What every binding.cpp shares. The only header that includes torch, and of torch only the stable ABI, which compiles in a second or two.
+#pragma once
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <cstdlib>
+#include <memory>
+#include <optional>
+#include <string>
+
+#include "floats.h"
+#include "isa.h"
+
+namespace tce {
+
+using torch::headeronly::ScalarType;
+using torch::stable::parallel_for;
+using torch::stable::Tensor;
+
+// Floating-point type of a tensor; the error names the argument.
+inline Float float_type(const Tensor& tensor, const char* op, const char* argument) {
+  switch (tensor.scalar_type()) {
+    case ScalarType::Float:
+      return Float::fp32;
+    case ScalarType::BFloat16:
+      return Float::bf16;
+    case ScalarType::Half:
+      return Float::fp16;
+    default:
+      STD_TORCH_CHECK(false, op, ": ", argument, " must be float32, bfloat16 or float16, got ",
+                      torch::headeronly::toString(tensor.scalar_type()));
+  }
+}
+
+// The torch type behind the short names fp32, bf16 and fp16.
+inline ScalarType scalar_type(Float type) {
+  return type == Float::fp32 ? ScalarType::Float : type == Float::bf16 ? ScalarType::BFloat16 : ScalarType::Half;
+}
+
+// Memory for the time of a call, aligned to cache lines; not initialised.
+class Scratch {
+ public:
+  explicit Scratch(int64_t bytes) : data_(static_cast<uint8_t*>(std::aligned_alloc(64, (bytes + 64) / 64 * 64)), std::free) {
+    STD_TORCH_CHECK(data_ != nullptr, "out of memory: ", bytes, " bytes of scratch");
+  }
+  uint8_t* get() const { return data_.get(); }
+
+ private:
+  std::unique_ptr<uint8_t, decltype(&std::free)> data_;
+};
+
+}  // namespace tce
+
+// The loader's hooks: the cap on instruction sets, and which one a kernel would use now (-1: no such kernel).
+extern "C" {
+__attribute__((visibility("default"), used)) inline void tce_set_isa(int isa) { tce::isa_cap.store(isa, std::memory_order_relaxed); }
+__attribute__((visibility("default"), used)) inline int tce_kernel_isa(const char* name) {
+  const tce::KernelName* kernel = tce::KernelName::find(name);
+  return kernel ? static_cast<int>(kernel->isa()) : -1;
+}
+}

@@ -1,0 +1,7 @@
+// Opens a region whose functions may use what torch_cpu_ext/core/isa.py calls "avx2". Comes after all includes, outside namespaces.
+#if defined(__clang__)
+#pragma clang attribute push(__attribute__((target("avx2,fma,f16c,bmi,bmi2,popcnt"))), apply_to = function)
+#else
+#pragma GCC push_options
+#pragma GCC target("avx2,fma,f16c,bmi,bmi2,popcnt")
+#endif

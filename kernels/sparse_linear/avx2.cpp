@@ -1,0 +1,167 @@
+// AVX2, FMA and BMI2. Rows are expanded eight elements at a time by byte shuffles looked up by the mask.
+#include <algorithm>
+#include <array>
+#include <bit>
+#include <cmath>
+#include <memory>
+
+#include <immintrin.h>
+
+#include "sparse_linear.h"
+#include "../common/region_avx2.h"
+
+namespace tce::sparse_linear::avx2 {
+
+#include "sparse_linear.inl"
+
+// kSource[mask][i]: which of the packed elements belongs at place i; 0x80 (a zero for vpshufb) where the mask has no bit.
+static constexpr auto kSource = [] {
+  std::array<std::array<uint8_t, 8>, 256> table{};
+  for (int mask = 0; mask < 256; ++mask)
+    for (int i = 0, next = 0; i < 8; ++i) table[mask][i] = mask >> i & 1 ? next++ : 0x80;
+  return table;
+}();
+
+// The same for elements of two bytes.
+static constexpr auto kSource16 = [] {
+  std::array<std::array<uint8_t, 16>, 256> table{};
+  for (int mask = 0; mask < 256; ++mask)
+    for (int i = 0; i < 16; ++i) table[mask][i] = kSource[mask][i / 2] == 0x80 ? 0x80 : 2 * kSource[mask][i / 2] + i % 2;
+  return table;
+}();
+
+template <typename T>
+static T load(const void* from) {
+  T value;
+  std::memcpy(&value, from, sizeof(T));
+  return value;
+}
+
+static __m256 halves(const uint8_t* row, int i) { return _mm256_loadu_ps(reinterpret_cast<const float*>(row) + 8 * i); }
+
+struct Fp32 {
+  static constexpr DType dtype = DType::fp32;
+  static constexpr int64_t kRowBlock = 4, kPanelBlock = 1, kStreamRows = 0;
+  using X = float;
+
+  static const uint8_t* expand(const uint8_t* words, const uint8_t* values, int64_t rows, uint8_t* out) {
+    for (int64_t i = 0; i < 2 * rows; ++i) {
+      const __m256i source = _mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(kSource[words[i]].data())));
+      const __m256i packed = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(values));
+      const __m256i spread = _mm256_permutevar8x32_epi32(packed, source);
+      _mm256_storeu_si256(reinterpret_cast<__m256i*>(out + 32 * i), _mm256_andnot_si256(_mm256_srai_epi32(source, 31), spread));
+      values += 4 * std::popcount(words[i]);
+    }
+    return values;
+  }
+
+  template <int M, int P>
+  static void dot(const uint8_t* const* weight, int64_t rows, const Activations<Fp32>& a, float* sums) {
+    __m256 sum[M][2];
+    for (int m = 0; m < M; ++m)
+      for (int i = 0; i < 2; ++i) sum[m][i] = _mm256_loadu_ps(sums + m * kPanel + 8 * i);
+    for (int64_t r = 0; r < rows; ++r) {
+      const __m256 w[2] = {halves(weight[0] + r * kRow, 0), halves(weight[0] + r * kRow, 1)};
+      for (int m = 0; m < M; ++m) {
+        const __m256 x = _mm256_broadcast_ss(a.x + m * a.x_stride + r);
+        for (int i = 0; i < 2; ++i) sum[m][i] = _mm256_fmadd_ps(w[i], x, sum[m][i]);
+      }
+    }
+    for (int m = 0; m < M; ++m)
+      for (int i = 0; i < 2; ++i) _mm256_storeu_ps(sums + m * kPanel + 8 * i, sum[m][i]);
+  }
+};
+
+struct Bf16 {
+  static constexpr DType dtype = DType::bf16;
+  static constexpr int64_t kRowBlock = 2, kPanelBlock = 1, kStreamRows = 0;
+  using X = float;
+
+  static const uint8_t* expand(const uint8_t* words, const uint8_t* values, int64_t rows, uint8_t* out) {
+    for (int64_t i = 0; i < 4 * rows; ++i) {
+      const __m128i source = _mm_loadu_si128(reinterpret_cast<const __m128i*>(kSource16[words[i]].data()));
+      const __m128i packed = _mm_loadu_si128(reinterpret_cast<const __m128i*>(values));
+      _mm_storeu_si128(reinterpret_cast<__m128i*>(out + 16 * i), _mm_shuffle_epi8(packed, source));
+      values += 2 * std::popcount(words[i]);
+    }
+    return values;
+  }
+
+  template <int M, int P>
+  static void dot(const uint8_t* const* weight, int64_t rows, const Activations<Bf16>& a, float* sums) {
+    const __m256 high = _mm256_castsi256_ps(_mm256_set1_epi32(static_cast<int>(0xffff0000)));
+    __m256 sum[M][2];
+    for (int m = 0; m < M; ++m)
+      for (int i = 0; i < 2; ++i) sum[m][i] = _mm256_loadu_ps(sums + m * kPanel + 8 * i);
+    for (int64_t r = 0; r < rows; ++r) {
+      for (int i = 0; i < 2; ++i) {
+        const __m256 pair = halves(weight[0] + r * kRow, i);
+        const __m256 even = _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_castps_si256(pair), 16)), odd = _mm256_and_ps(pair, high);
+        for (int m = 0; m < M; ++m) {
+          const float* x = a.x + m * a.x_stride + 2 * r;
+          sum[m][i] = _mm256_fmadd_ps(even, _mm256_broadcast_ss(x), sum[m][i]);
+          sum[m][i] = _mm256_fmadd_ps(odd, _mm256_broadcast_ss(x + 1), sum[m][i]);
+        }
+      }
+    }
+    for (int m = 0; m < M; ++m)
+      for (int i = 0; i < 2; ++i) _mm256_storeu_ps(sums + m * kPanel + 8 * i, sum[m][i]);
+  }
+};
+
+struct Int8 {
+  static constexpr DType dtype = DType::int8;
+  static constexpr int64_t kRowBlock = 2, kPanelBlock = 1, kStreamRows = 0;
+  using X = int8_t;
+
+  static const uint8_t* expand(const uint8_t* words, const uint8_t* values, int64_t rows, uint8_t* out) {
+    for (int64_t i = 0; i < 8 * rows; ++i) {
+      const __m128i source = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(kSource[words[i]].data()));
+      const __m128i spread = _mm_shuffle_epi8(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(values)), source);
+      // Places without a bit have 0x80 as their source and 0 as their value: a zero weight, stored as 128.
+      const __m128i zeros = _mm_and_si128(source, _mm_set1_epi8(static_cast<char>(0x80)));
+      _mm_storel_epi64(reinterpret_cast<__m128i*>(out + 8 * i), _mm_or_si128(spread, zeros));
+      values += std::popcount(words[i]);
+    }
+    return values;
+  }
+
+  // No u8 x s8 product without saturation here: even and odd bytes are widened to 16 bits and multiplied by vpmaddwd.
+  template <int M, int P>
+  static void dot(const uint8_t* const* weight, int64_t rows, const Activations<Int8>& a, float* sums) {
+    const __m256i low = _mm256_set1_epi16(0xff);
+    for (int64_t r = 0; r < rows; r += a.row_group) {
+      const int64_t end = std::min(rows, r + a.row_group), group = r / a.row_group;
+      __m256i sum[M][2];
+      for (int m = 0; m < M; ++m)
+        for (int i = 0; i < 2; ++i) sum[m][i] = _mm256_set1_epi32(a.offset[m * a.scale_stride + group]);
+      for (int64_t k = r; k < end; ++k) {
+        for (int i = 0; i < 2; ++i) {
+          const __m256i w = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(weight[0] + k * kRow) + i);
+          const __m256i even = _mm256_and_si256(w, low), odd = _mm256_srli_epi16(w, 8);
+          for (int m = 0; m < M; ++m) {
+            const __m256i x = _mm256_set1_epi32(load<int32_t>(a.x + m * a.x_stride + 4 * k));
+            const __m256i x_even = _mm256_srai_epi16(_mm256_slli_epi16(x, 8), 8), x_odd = _mm256_srai_epi16(x, 8);
+            sum[m][i] = _mm256_add_epi32(sum[m][i], _mm256_madd_epi16(even, x_even));
+            sum[m][i] = _mm256_add_epi32(sum[m][i], _mm256_madd_epi16(odd, x_odd));
+          }
+        }
+      }
+      for (int m = 0; m < M; ++m) {
+        const __m256 scale = _mm256_set1_ps(a.scale[m * a.scale_stride + group]);
+        for (int i = 0; i < 2; ++i) {
+          float* out = sums + m * kPanel + 8 * i;
+          _mm256_storeu_ps(out, _mm256_fmadd_ps(_mm256_cvtepi32_ps(sum[m][i]), scale, _mm256_loadu_ps(out)));
+        }
+      }
+    }
+  }
+};
+
+Variant fp32() { return variant<Fp32>(); }
+Variant bf16() { return variant<Bf16>(); }
+Variant int8() { return variant<Int8>(); }
+
+}  // namespace tce::sparse_linear::avx2
+
+#include "../common/region_end.h"

@@ -1,0 +1,38 @@
+// AVX-512 BF16 (vdpbf16ps) with VBMI2 (vpexpandw): bf16 weights.
+#include <algorithm>
+#include <array>
+#include <bit>
+#include <cmath>
+#include <memory>
+
+#include <immintrin.h>
+
+#include "sparse_linear.h"
+#include "../common/region_avx512_bf16.h"
+
+namespace tce::sparse_linear::avx512_bf16 {
+
+#include "sparse_linear.inl"
+#include "avx512.inl"
+
+struct Bf16 : Floats<Bf16> {
+  static constexpr DType dtype = DType::bf16;
+  using X = uint16_t;
+
+  static __m512i expand_row(const uint8_t* words, const uint8_t*& values) {
+    const auto mask = load<uint32_t>(words);
+    const __m512i row = _mm512_mask_expand_epi16(fresh(_mm512_setzero_si512()), mask, _mm512_loadu_si512(values));
+    values += 2 * std::popcount(mask);
+    return row;
+  }
+
+  static __m512 add(__m512 sum, __m512i row, const uint16_t* x) {
+    return _mm512_dpbf16_ps(sum, __m512bh(row), __m512bh(_mm512_set1_epi32(load<int32_t>(x))));
+  }
+};
+
+Variant bf16() { return variant<Bf16>(); }
+
+}  // namespace tce::sparse_linear::avx512_bf16
+
+#include "../common/region_end.h"

@@ -1,0 +1,165 @@
+#include "format.h"
+
+#include <algorithm>
+#include <cfloat>
+#include <cmath>
+
+namespace tce::sparse_linear {
+namespace {
+
+// One value as it is stored, right-aligned.
+uint32_t encode(float value, DType dtype, float inverse_scale) {
+  if (dtype == DType::fp32) return float_bits(value);
+  if (dtype == DType::bf16) return float_to_bf16(value);
+  return static_cast<uint32_t>(std::clamp(std::nearbyint(value * inverse_scale), -127.0f, 127.0f) + 128.0f);
+}
+
+float decode(uint32_t code, DType dtype, float scale) {
+  if (dtype == DType::fp32) return bits_float(code);
+  if (dtype == DType::bf16) return bf16_to_float(static_cast<uint16_t>(code));
+  return (static_cast<float>(code) - 128.0f) * scale;
+}
+
+bool is_zero(uint32_t code, DType dtype) {  // the sign of a zero is not kept: pruning by multiplication makes negative ones
+  return dtype == DType::fp32 ? (code << 1) == 0 : dtype == DType::bf16 ? (code & 0x7fff) == 0 : code == 128;
+}
+
+uint32_t zero_code(DType dtype) { return dtype == DType::int8 ? 128 : 0; }
+int64_t size_of(DType dtype) { return 4 / group_of(dtype); }
+int64_t word_bytes(DType dtype) { return 2 * group_of(dtype); }
+// Zero for zero, and for a scale so small that its inverse overflows: all codes of that output are zero.
+float inverse(float scale) { return 1.0f / scale <= FLT_MAX ? 1.0f / scale : 0.0f; }
+
+// Calls visit(row, bit, n, k) for the elements of a panel in stream order; padding has n or k past the end.
+template <typename Visit>
+void for_each(int64_t row_begin, int64_t row_end, int64_t panel, int64_t group, const Visit& visit) {
+  for (int64_t row = row_begin; row < row_end; ++row)
+    for (int64_t bit = 0; bit < kPanel * group; ++bit) visit(row, bit, panel * kPanel + bit / group, row * group + bit % group);
+}
+
+}  // namespace
+
+const char* open(const uint8_t* data, int64_t bytes, Packed& out) {
+  Header header;
+  if (bytes < static_cast<int64_t>(sizeof(Header))) return "an array too short for a header";
+  std::memcpy(&header, data, sizeof(Header));
+  if (header.magic != kMagic) return "an array that does not begin with the format's magic number";
+  if (header.version > kVersion) return "a format version from the future: update torch_cpu_ext";
+  if (header.version < 1) return "format version 0";
+  if (header.dtype > DType::int8) return "an unknown dtype code";
+  if (header.layout > Layout::sparse) return "an unknown layout code";
+  constexpr int64_t limit = int64_t{1} << 40;  // far above any layer, and no product of two sizes below overflows
+  if (header.outputs < 0 || header.inputs < 0 || header.outputs > limit || header.inputs > limit) return "sizes out of range";
+  if (header.bytes != bytes) return "an array of another length than its header says (truncated?)";
+  out = Packed{data, header.dtype, header.layout, header.outputs, header.inputs, bytes};
+  const int64_t panels = out.panels();
+  if (panels > bytes / 8) return "an array too short for its offsets";
+  const int64_t first = round_up(sizeof(Header) + (panels + 1) * 8, 64);
+  if (first + kTail > bytes) return "an array too short for its offsets";
+  if (out.offset(0) != first || out.offset(panels) != bytes - kTail) return "offsets that do not span the array";
+  const int64_t least = panel_bytes(header.dtype, header.layout, header.inputs, 0);
+  const bool fixed = header.layout == Layout::dense;
+  int64_t begin = first;
+  for (int64_t panel = 0; panel < panels; ++panel) {
+    const int64_t end = out.offset(panel + 1);
+    if (end < begin || end > bytes - kTail) return "offsets out of order";
+    if (fixed ? end - begin != least : end - begin < least) return "a panel of the wrong length";
+    begin = end;
+  }
+  return nullptr;
+}
+
+PanelPlan plan_panel(const Dense& weight, DType dtype, int64_t panel) {
+  PanelPlan plan{{}, 0, true};
+  const int64_t first = panel * kPanel, last = std::min(first + kPanel, weight.outputs);
+  for (int64_t n = first; n < last; ++n) {
+    float inverse_scale = 0;
+    if (dtype == DType::int8) {
+      float largest = 0;
+      for (int64_t k = 0; k < weight.inputs; ++k) {
+        const float value = load_float(weight.data, weight.type, n * weight.inputs + k);
+        plan.finite &= std::isfinite(value);
+        largest = std::max(largest, std::fabs(value));
+      }
+      plan.scale[n - first] = largest / 127;
+      inverse_scale = inverse(plan.scale[n - first]);
+    }
+    for (int64_t k = 0; k < weight.inputs; ++k)
+      plan.nonzeros += !is_zero(encode(load_float(weight.data, weight.type, n * weight.inputs + k), dtype, inverse_scale), dtype);
+  }
+  return plan;
+}
+
+int64_t panel_bytes(DType dtype, Layout layout, int64_t inputs, int64_t nonzeros) {
+  const int64_t rows = divide_up(inputs, group_of(dtype));
+  return (layout == Layout::dense ? rows * kRow : rows * word_bytes(dtype) + nonzeros * size_of(dtype)) + panel_tail(dtype);
+}
+
+void write_panel(const Dense& weight, DType dtype, Layout layout, int64_t panel, const PanelPlan& plan, uint8_t* out) {
+  const int64_t group = group_of(dtype), rows = divide_up(weight.inputs, group), chunk_rows = kChunk / group, size = size_of(dtype);
+  float inverse_scale[kPanel];
+  for (int64_t i = 0; i < kPanel; ++i) inverse_scale[i] = inverse(plan.scale[i]);
+  const auto code_at = [&](int64_t n, int64_t k) {
+    if (n >= weight.outputs || k >= weight.inputs) return zero_code(dtype);
+    return encode(load_float(weight.data, weight.type, n * weight.inputs + k), dtype, inverse_scale[n % kPanel]);
+  };
+  for (int64_t row = 0; row < rows; row += chunk_rows) {
+    const int64_t end = std::min(row + chunk_rows, rows);
+    if (layout == Layout::dense) {
+      for_each(row, end, panel, group, [&](int64_t, int64_t, int64_t n, int64_t k) {
+        const uint32_t code = code_at(n, k);
+        std::memcpy(out, &code, size);
+        out += size;
+      });
+      continue;
+    }
+    uint8_t* words = out;
+    out += (end - row) * word_bytes(dtype);
+    std::memset(words, 0, out - words);
+    for_each(row, end, panel, group, [&](int64_t r, int64_t bit, int64_t n, int64_t k) {
+      const uint32_t code = code_at(n, k);
+      if (is_zero(code, dtype)) return;
+      words[(r - row) * word_bytes(dtype) + bit / 8] |= 1 << bit % 8;
+      std::memcpy(out, &code, size);
+      out += size;
+    });
+  }
+  if (dtype == DType::int8) std::memcpy(out, plan.scale, sizeof(plan.scale));
+}
+
+int64_t unpack_panel(const Packed& weight, int64_t panel, void* out, Float out_type) {
+  const DType dtype = weight.dtype;
+  const int64_t group = weight.group(), rows = weight.rows(), chunk_rows = kChunk / group, size = size_of(dtype);
+  const uint8_t* at = weight.data + weight.offset(panel);
+  const uint8_t* end = weight.data + weight.offset(panel + 1) - panel_tail(dtype);
+  float scale[kPanel] = {};
+  if (dtype == DType::int8) std::memcpy(scale, end, sizeof(scale));
+  int64_t nonzeros = 0;
+  for (int64_t row = 0; row < rows; row += chunk_rows) {
+    const int64_t last = std::min(row + chunk_rows, rows);
+    const uint8_t* words = at;
+    if (weight.layout == Layout::sparse) at += (last - row) * word_bytes(dtype);
+    if (at > end) return -1;
+    bool intact = true;
+    for_each(row, last, panel, group, [&](int64_t r, int64_t bit, int64_t n, int64_t k) {
+      uint32_t code = zero_code(dtype);
+      if (weight.layout == Layout::dense || (words[(r - row) * word_bytes(dtype) + bit / 8] >> bit % 8 & 1)) {
+        intact &= at + size <= end;
+        if (!intact) return;
+        code = 0;
+        std::memcpy(&code, at, size);
+        at += size;
+      }
+      if (n >= weight.outputs || k >= weight.inputs) {
+        intact &= code == zero_code(dtype);
+        return;
+      }
+      nonzeros += !is_zero(code, dtype);
+      if (out) store_float(out, out_type, n * weight.inputs + k, decode(code, dtype, scale[n % kPanel]));
+    });
+    if (!intact) return -1;
+  }
+  return at == end ? nonzeros : -1;
+}
+
+}  // namespace tce::sparse_linear

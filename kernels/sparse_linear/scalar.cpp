@@ -1,0 +1,72 @@
+// Plain C++ for every machine; the inner loops run over the 16 outputs of a panel and vectorise.
+#include <algorithm>
+#include <array>
+#include <bit>
+#include <cmath>
+#include <memory>
+
+#include "sparse_linear.h"
+
+namespace tce::sparse_linear::scalar {
+
+#include "sparse_linear.inl"
+
+template <DType D>
+struct Plain {
+  static constexpr DType dtype = D;
+  static constexpr int64_t kRowBlock = 1, kPanelBlock = 1, kStreamRows = 0;
+  using X = std::conditional_t<D == DType::int8, int8_t, float>;
+  using Value = std::conditional_t<D == DType::fp32, uint32_t, std::conditional_t<D == DType::bf16, uint16_t, uint8_t>>;
+
+  static const uint8_t* expand(const uint8_t* words, const uint8_t* values, int64_t rows, uint8_t* out) {
+    constexpr int64_t elements = kRow / sizeof(Value);
+    for (int64_t r = 0; r < rows; ++r, words += elements / 8, out += kRow) {
+      std::memset(out, D == DType::int8 ? 128 : 0, kRow);
+      for (int64_t i = 0; i < elements; ++i) {
+        if (!(words[i / 8] >> i % 8 & 1)) continue;
+        std::memcpy(out + i * sizeof(Value), values, sizeof(Value));
+        values += sizeof(Value);
+      }
+    }
+    return values;
+  }
+
+  template <int M, int P>
+  static void dot(const uint8_t* const* weight, int64_t rows, const Activations<Plain>& a, float* sums) {
+    for (int64_t r = 0; r < rows; r += a.row_group) {
+      const int64_t end = std::min(rows, r + a.row_group);
+      if constexpr (D == DType::int8) {
+        int32_t group_sums[kPanel];
+        std::fill_n(group_sums, kPanel, a.offset[r / a.row_group]);
+        for (int64_t i = r; i < end; ++i) add_row(weight[0] + i * kRow, a.x + i * 4, group_sums);
+        for (int n = 0; n < kPanel; ++n) sums[n] = std::fma(static_cast<float>(group_sums[n]), a.scale[r / a.row_group], sums[n]);
+      } else {
+        for (int64_t i = r; i < end; ++i) add_row(weight[0] + i * kRow, a.x + i * group_of(D), sums);
+      }
+    }
+  }
+
+ private:
+  static void add_row(const uint8_t* row, const float* x, float* sums) {
+    uint32_t bits[kPanel];
+    std::memcpy(bits, row, kRow);
+    for (int n = 0; n < kPanel; ++n) {
+      if constexpr (D == DType::fp32) {
+        sums[n] += bits_float(bits[n]) * x[0];
+      } else {
+        sums[n] += bits_float(bits[n] << 16) * x[0] + bits_float(bits[n] & 0xffff0000) * x[1];
+      }
+    }
+  }
+
+  static void add_row(const uint8_t* row, const int8_t* x, int32_t* sums) {
+    for (int n = 0; n < kPanel; ++n)
+      for (int j = 0; j < 4; ++j) sums[n] += row[4 * n + j] * x[j];
+  }
+};
+
+Variant fp32() { return variant<Plain<DType::fp32>>(); }
+Variant bf16() { return variant<Plain<DType::bf16>>(); }
+Variant int8() { return variant<Plain<DType::int8>>(); }
+
+}  // namespace tce::sparse_linear::scalar

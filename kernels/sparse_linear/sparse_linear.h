@@ -1,0 +1,115 @@
+// sparse_linear: products with packed weights. The packed format and the torch-free interface of the kernels.
+#pragma once
+
+#include <bit>
+#include <cstdint>
+#include <cstring>
+
+#include "../common/floats.h"
+#include "../common/isa.h"
+
+namespace tce::sparse_linear {
+
+// The packed format, version 1. One byte array, little endian, the same for every instruction set and thread count.
+//
+//   Header (64 bytes) | offsets: int64[panels + 1], from the start of the array | zeros to a multiple of 64 | panels | 64 zero bytes
+//
+// A panel holds 16 outputs (the last may have fewer; the missing ones are zeros) as one sequential stream, read once, front to back:
+//
+//   panel   chunk 0 | chunk 1 | ... | scales: float[16] (int8 only)
+//   chunk   64 inputs k (the last chunk may have fewer), as rows of 16 outputs x g inputs, g = 1 (fp32), 2 (bf16), 4 (int8)
+//   row     64 bytes: element (n, k) is number (n % 16) * g + k % g
+//
+//   dense   chunk = row | row | ...
+//   sparse  chunk = a bitmap word of 16 * g bits for each row (least significant bit first) | the nonzero elements, in the same order
+//
+// So a whole chunk has 128 bytes of bitmap for 1024 weights in every dtype. int8 codes are stored as code + 128; a zero weight is 128.
+// Bitmap and values share one stream because two short streams cost twice the time from DRAM (docs/techniques/sparse_linear.md).
+
+enum class DType : uint32_t { fp32, bf16, int8 };
+enum class Layout : uint32_t { dense, sparse };
+
+constexpr uint64_t kMagic = 0x4c5053'45435401;  // 01 "TCESPL"
+constexpr uint32_t kVersion = 1;
+constexpr int64_t kPanel = 16, kChunk = 64, kRow = 64, kTail = 64;
+
+struct Header {
+  uint64_t magic;
+  uint32_t version;
+  DType dtype;
+  Layout layout;
+  uint32_t reserved;
+  int64_t outputs, inputs;
+  int64_t bytes;     // of the whole array
+  int64_t nonzeros;  // stored values that are weights (not padding)
+  int64_t padding;
+};
+static_assert(sizeof(Header) == 64);
+
+constexpr int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
+constexpr int64_t round_up(int64_t a, int64_t b) { return divide_up(a, b) * b; }
+
+constexpr int64_t group_of(DType dtype) { return dtype == DType::fp32 ? 1 : dtype == DType::bf16 ? 2 : 4; }
+constexpr int64_t panel_tail(DType dtype) { return dtype == DType::int8 ? kPanel * 4 : 0; }
+
+// A packed weight whose header and offsets have been checked (see open in format.h).
+struct Packed {
+  const uint8_t* data;
+  DType dtype;
+  Layout layout;
+  int64_t outputs, inputs, bytes;
+
+  int64_t panels() const { return divide_up(outputs, kPanel); }
+  int64_t group() const { return group_of(dtype); }
+  int64_t rows() const { return divide_up(inputs, group()); }
+  int64_t offset(int64_t panel) const {  // the array may be unaligned (a memory-mapped file)
+    int64_t value;
+    std::memcpy(&value, data + sizeof(Header) + panel * 8, 8);
+    return value;
+  }
+};
+
+// One product: out[m, n] = sum over k of x[m, k] * weight[n, k], plus bias[n].
+struct Product {
+  Packed weight;
+  int64_t m;          // rows of x
+  void* x;            // as `prepare` wrote it: [m][padded inputs]
+  float* x_scale;     // int8: [m][groups], the value of one step of x
+  int32_t* x_offset;  // int8: [m][groups], -128 times the sum of the group's codes: takes the 128 in the weights back out
+  int64_t x_group;    // int8: inputs that share a scale, 32 or 64
+  const float* bias;  // [outputs], or null
+  void* out;          // [m][outputs]
+  Float out_type;
+
+  int64_t padded_inputs() const { return round_up(weight.inputs, kChunk); }
+  int64_t x_groups() const { return divide_up(weight.inputs, x_group); }
+};
+
+// What an instruction set offers for one dtype.
+struct Variant {
+  int64_t x_bytes;  // of one element of x after `prepare`
+  // Converts rows [begin, end) of the activations `source`, contiguous [m][inputs], to what `run` reads; fills x, x_scale and x_offset.
+  void (*prepare)(const Product& product, const void* source, Float source_type, int64_t begin, int64_t end);
+  // Computes rows [row_begin, row_end) of x times panels [panel_begin, panel_end). False if a panel's bitmap and bytes disagree; nothing
+  // outside the packed array is read even then.
+  bool (*run)(const Product& product, int64_t panel_begin, int64_t panel_end, int64_t row_begin, int64_t row_end);
+};
+
+// The variants there are, by instruction set and dtype. Files that this machine or compiler cannot use are left out of a build.
+namespace scalar {
+Variant fp32(), bf16(), int8();
+}
+namespace avx2 {
+TCE_OPTIONAL Variant fp32(), bf16(), int8();
+}
+namespace avx512 {
+TCE_OPTIONAL Variant fp32(), bf16(), int8();
+}
+namespace avx512_vnni {
+TCE_OPTIONAL Variant int8();
+}
+namespace avx512_bf16 {
+TCE_OPTIONAL Variant bf16();
+}
+
+}  // namespace tce::sparse_linear

@@ -1,0 +1,254 @@
+// Runs every kernel of sparse_linear that this machine can run on buffers of exactly the documented size, under the address and
+// undefined-behaviour sanitizers; tests/sanitize.py builds and starts it. Results are compared with products in double.
+#include <algorithm>
+#include <cmath>
+#include <cstdio>
+#include <cstdlib>
+#include <memory>
+#include <random>
+#include <string>
+#include <vector>
+
+#include "format.h"
+#include "sparse_linear.h"
+
+using namespace tce;
+using namespace tce::sparse_linear;
+
+namespace {
+
+std::mt19937 random_bits(1);
+
+[[noreturn]] void fail(const std::string& message) {
+  std::fprintf(stderr, "sanitize_main: %s\n", message.c_str());
+  std::exit(1);
+}
+
+int64_t draw(int64_t end) { return std::uniform_int_distribution<int64_t>(0, end - 1)(random_bits); }
+float normal() { return std::normal_distribution<float>()(random_bits); }
+
+// Memory of exactly `bytes` bytes, `shift` bytes off any alignment, so that a byte past the end or a typed access is seen.
+class Exact {
+ public:
+  explicit Exact(int64_t bytes, int64_t shift = 0) : data_(static_cast<uint8_t*>(std::malloc(bytes + shift))), shift_(shift) {}
+  Exact(const Exact&) = delete;
+  ~Exact() { std::free(data_); }
+  uint8_t* get() const { return data_ + shift_; }
+
+ private:
+  uint8_t* data_;
+  int64_t shift_;
+};
+
+std::vector<uint8_t> pack(const Dense& weight, DType dtype, Layout layout) {
+  const int64_t panels = divide_up(weight.outputs, kPanel), first = round_up(sizeof(Header) + (panels + 1) * 8, 64);
+  std::vector<PanelPlan> plans;
+  std::vector<int64_t> offsets{first};
+  int64_t nonzeros = 0;
+  for (int64_t i = 0; i < panels; ++i) {
+    plans.push_back(plan_panel(weight, dtype, i));
+    nonzeros += plans.back().nonzeros;
+    offsets.push_back(offsets.back() + panel_bytes(dtype, layout, weight.inputs, plans.back().nonzeros));
+  }
+  std::vector<uint8_t> packed(offsets.back() + kTail);
+  const Header header{kMagic, kVersion, dtype, layout, 0, weight.outputs, weight.inputs, static_cast<int64_t>(packed.size()), nonzeros, 0};
+  std::memcpy(packed.data(), &header, sizeof(header));
+  std::memcpy(packed.data() + sizeof(header), offsets.data(), offsets.size() * 8);
+  for (int64_t i = 0; i < panels; ++i) {
+    const Exact panel(offsets[i + 1] - offsets[i]);  // so that writing past a panel is seen
+    write_panel(weight, dtype, layout, i, plans[i], panel.get());
+    std::memcpy(packed.data() + offsets[i], panel.get(), offsets[i + 1] - offsets[i]);
+  }
+  return packed;
+}
+
+struct Named {
+  const char* name;
+  DType dtype;
+  Variant variant;
+};
+
+std::vector<Named> variants() {
+  std::vector<Named> all{
+      {"scalar", DType::fp32, scalar::fp32()}, {"scalar", DType::bf16, scalar::bf16()}, {"scalar", DType::int8, scalar::int8()}};
+  const auto add = [&](const char* name, DType dtype, Variant (*make)()) {
+    if (make) all.push_back({name, dtype, make()});
+  };
+  add("avx2", DType::fp32, avx2::fp32);
+  add("avx2", DType::bf16, avx2::bf16);
+  add("avx2", DType::int8, avx2::int8);
+  add("avx512", DType::fp32, avx512::fp32);
+  add("avx512", DType::bf16, avx512::bf16);
+  add("avx512", DType::int8, avx512::int8);
+  add("avx512_vnni", DType::int8, avx512_vnni::int8);
+  add("avx512_bf16", DType::bf16, avx512_bf16::bf16);
+  return all;
+}
+
+// The buffers of one product, as binding.cpp lays them out, each of exactly its size.
+struct Buffers {
+  Product p;
+  Exact x, x_scale, x_offset, out;
+  Buffers(const Packed& weight, int64_t m, int64_t group, int64_t x_bytes, Float type)
+      : p{weight, m, nullptr, nullptr, nullptr, group, nullptr, nullptr, type},
+        x(m * p.padded_inputs() * x_bytes),
+        x_scale(m * p.x_groups() * 4),
+        x_offset(m * p.x_groups() * 4),
+        out(m * weight.outputs * (type == Float::fp32 ? 4 : 2)) {
+    p.x = x.get();
+    p.x_scale = reinterpret_cast<float*>(x_scale.get());
+    p.x_offset = reinterpret_cast<int32_t*>(x_offset.get());
+    p.out = out.get();
+  }
+};
+
+int64_t product(const Named& kernel, const std::vector<uint8_t>& array, int64_t m, int64_t group, Float type) {
+  const Exact bytes(array.size(), draw(8));  // packed arrays may lie anywhere
+  std::memcpy(bytes.get(), array.data(), array.size());
+  Packed w;
+  if (const char* problem = open(bytes.get(), array.size(), w)) fail(problem);
+  const int64_t inputs = w.inputs, outputs = w.outputs;
+  std::vector<float> dense(outputs * inputs);
+  for (int64_t i = 0; i < w.panels(); ++i)
+    if (unpack_panel(w, i, dense.data(), Float::fp32) < 0) fail("an intact panel is called damaged");
+
+  const int64_t size = type == Float::fp32 ? 4 : 2;
+  const Exact source(m * inputs * size, draw(2)), bias(outputs * 4);  // activations, too
+  std::vector<double> values(m * inputs);
+  for (int64_t i = 0; i < m * inputs; ++i) {
+    float value = normal();
+    if (type != Float::fp32) store_float(&value, type, 0, value);
+    std::memcpy(source.get() + i * size, &value, size);
+    values[i] = load_float(source.get(), type, i);
+  }
+  for (int64_t n = 0; n < outputs; ++n) store_float(bias.get(), Float::fp32, n, normal());
+  Buffers b(w, m, group, kernel.variant.x_bytes, type);
+  b.p.bias = reinterpret_cast<const float*>(bias.get());
+  kernel.variant.prepare(b.p, source.get(), type, 0, m / 2);
+  kernel.variant.prepare(b.p, source.get(), type, m / 2, m);
+  const int64_t half = w.panels() / 2;  // as two threads would
+  if (!kernel.variant.run(b.p, 0, half, 0, m) || !kernel.variant.run(b.p, half, w.panels(), 0, m)) fail("an intact array is refused");
+
+  for (int64_t i = 0; i < m; ++i) {
+    double step = 0;  // int8: half a step of x
+    for (int64_t k = 0; k < inputs; ++k) step = std::max(step, std::fabs(values[i * inputs + k]) / 254);
+    for (int64_t n = 0; n < outputs; ++n) {
+      double sum = b.p.bias[n], bound = 1e-30 + std::fabs(sum) * 1e-6;
+      for (int64_t k = 0; k < inputs; ++k) {
+        const double a = values[i * inputs + k], v = dense[n * inputs + k];
+        sum += a * v;
+        bound += std::fabs(a * v) * (inputs + 4) * 1.3e-7;
+        if (kernel.dtype == DType::bf16) bound += std::fabs(a * v) * 0.004;
+        if (kernel.dtype == DType::int8) bound += std::fabs(v) * step;
+      }
+      const double found = load_float(b.p.out, type, i * outputs + n);
+      bound += std::fabs(sum) * (type == Float::fp32 ? 1e-7 : 0.004);
+      if (!(std::fabs(found - sum) <= bound)) {
+        fail(std::string(kernel.name) + ": " + std::to_string(found) + " instead of " + std::to_string(sum) + " at row " +
+             std::to_string(i) + ", output " + std::to_string(n) + " of " + std::to_string(m) + " x " + std::to_string(outputs) + " x " +
+             std::to_string(inputs));
+      }
+    }
+  }
+  return 1;
+}
+
+// A damaged array in memory of exactly its size: whatever the kernels answer, they must stay inside.
+int64_t damaged(const Named& kernel, std::vector<uint8_t> array, int64_t m) {
+  Header header;
+  std::memcpy(&header, array.data(), sizeof(header));
+  const int64_t first = round_up(sizeof(Header) + (divide_up(header.outputs, kPanel) + 1) * 8, 64);
+  const int64_t edits = 1 + draw(4);
+  for (int64_t i = 0; i < edits; ++i) {
+    const int64_t kind = draw(8), size = array.size();
+    if (kind == 0) {
+      array[draw(size)] ^= 1 << draw(8);
+    } else if (kind == 1) {
+      array[draw(first)] = draw(256);
+    } else if (kind < 6 && size > first) {
+      std::fill_n(array.begin() + first + draw(size - first), 1, static_cast<uint8_t>(kind < 4 ? 255 : draw(256)));
+    } else if (kind == 6 && size > first) {
+      const int64_t at = first + draw(size - first);
+      std::fill_n(array.begin() + at, std::min<int64_t>(size - at, draw(300)), 255);
+    } else if (kind == 7 && size > first + kTail) {  // shorter, with a header and a last offset that agree
+      array.resize(size - draw(size - first - kTail + 1));
+      const int64_t bytes = array.size(), end = bytes - kTail;
+      std::memcpy(array.data() + offsetof(Header, bytes), &bytes, 8);
+      std::memcpy(array.data() + sizeof(Header) + divide_up(header.outputs, kPanel) * 8, &end, 8);
+    }
+  }
+  const Exact bytes(array.size());
+  std::memcpy(bytes.get(), array.data(), array.size());
+  Packed w;
+  if (open(bytes.get(), array.size(), w)) return 1;
+  if (w.dtype != kernel.dtype || w.outputs > 1000 || w.inputs > 1000) return 1;
+  std::vector<float> dense(w.outputs * w.inputs);
+  bool intact = true;
+  for (int64_t i = 0; i < w.panels(); ++i) intact &= unpack_panel(w, i, dense.data(), Float::fp32) >= 0;
+  Buffers b(w, m, 32, kernel.variant.x_bytes, Float::fp32);
+  const Exact source(m * w.inputs * 4);
+  for (int64_t i = 0; i < m * w.inputs; ++i) store_float(source.get(), Float::fp32, i, normal());
+  kernel.variant.prepare(b.p, source.get(), Float::fp32, 0, m);
+  if (!kernel.variant.run(b.p, 0, w.panels(), 0, m) && intact) fail("the product refuses an array that unpacking takes");
+  return 1;
+}
+
+Exact* special_source(Float type) {  // NaN, infinities, denormals, the largest numbers
+  auto* source = new Exact(6 * 70 * 4);
+  const float values[] = {NAN, INFINITY, -INFINITY, 0.0f, -0.0f, 1e-45f, 1e-40f, 3e38f, -3e38f, 1.0f, 1e-38f};
+  for (int64_t i = 0; i < 6 * 70; ++i) store_float(source->get(), type, i, i < 70 ? 1e-40f * (i % 3) : values[draw(11)]);
+  return source;
+}
+
+}  // namespace
+
+int main() {
+  int64_t cases = 0;
+  const int64_t sizes[] = {0, 1, 15, 16, 17, 31, 33, 63, 64, 65, 129, 257}, batches[] = {1, 2, 3, 4, 5, 7, 8, 9, 16, 19};
+  const double densities[] = {0, 0.1, 0.5, 1};
+  const std::vector<Named> kernels = variants();
+  int64_t turn = 0;
+  for (DType dtype : {DType::fp32, DType::bf16, DType::int8}) {
+    for (int64_t outputs : {0, 1, 15, 16, 17, 33, 65}) {
+      for (int64_t inputs : sizes) {
+        for (double density : densities) {
+          const Exact weight(outputs * inputs * 4, draw(4));
+          for (int64_t i = 0; i < outputs * inputs; ++i) {
+            const float value = std::uniform_real_distribution<>()(random_bits) < density ? normal() : 0.0f;
+            std::memcpy(weight.get() + 4 * i, &value, 4);
+          }
+          for (Layout layout : {Layout::dense, Layout::sparse}) {
+            const std::vector<uint8_t> array = pack({weight.get(), Float::fp32, outputs, inputs}, dtype, layout);
+            for (const Named& kernel : kernels) {
+              if (kernel.dtype != dtype) continue;
+              const int64_t m = batches[++turn % 10];
+              const Float type = turn % 3 == 0 ? Float::fp32 : turn % 3 == 1 ? Float::bf16 : Float::fp16;
+              cases += product(kernel, array, m, turn % 2 ? 32 : 64, type);
+              for (int i = 0; i < 6; ++i) cases += damaged(kernel, array, batches[(turn + i) % 10]);
+            }
+          }
+        }
+      }
+    }
+  }
+  // Special numbers on both sides.
+  for (const Named& kernel : kernels) {
+    for (Float type : {Float::fp32, Float::bf16, Float::fp16}) {
+      const std::unique_ptr<Exact> weight(special_source(Float::fp32)), source(special_source(type));
+      for (int64_t i = 0; kernel.dtype == DType::int8 && i < 6 * 70; ++i)
+        if (!std::isfinite(load_float(weight->get(), Float::fp32, i))) store_float(weight->get(), Float::fp32, i, 1e-40f);
+      for (Layout layout : {Layout::dense, Layout::sparse}) {
+        const std::vector<uint8_t> array = pack({weight->get(), Float::fp32, 6, 70}, kernel.dtype, layout);
+        Packed w;
+        if (open(array.data(), array.size(), w)) fail("an intact array is refused");
+        Buffers b(w, 6, 32, kernel.variant.x_bytes, type);
+        kernel.variant.prepare(b.p, source->get(), type, 0, 6);
+        if (!kernel.variant.run(b.p, 0, 1, 0, 6)) fail("an intact array is refused");
+        for (int64_t i = 0; i < 6; ++i)
+          if (!kernel.variant.run(b.p, 0, 1, i, i + 1)) fail("an intact array is refused");
+        cases += 7;
+      }
+    }
+  }
+  std::printf("%lld cases passed\n", static_cast<long long>(cases));
+}

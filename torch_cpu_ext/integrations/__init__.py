@@ -1,0 +1,1 @@
+"""Thin bridges to other packages; each imports its package only when used."""
