@@ -32,44 +32,23 @@ struct Fp32 : Floats<Fp32> {
   static __m512 add(__m512 sum, __m512i row, const float* x) { return _mm512_fmadd_ps(_mm512_castsi512_ps(row), _mm512_set1_ps(*x), sum); }
 };
 
-struct Bf16 {
+struct Bf16 : Floats<Bf16> {
   static constexpr DType dtype = DType::bf16;
-  static constexpr int64_t kRowBlock = 4, kPanelBlock = 2, kStreamRows = 0;
   using X = float;
 
-  static const uint8_t* expand(const uint8_t* words, const uint8_t* values, int64_t rows, uint8_t* out) {
-    for (int64_t i = 0; i < 2 * rows; ++i) {
-      const auto mask = load<uint16_t>(words + 2 * i);
-      const __m512i wide = _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(values)));
-      const __m256i row = _mm512_cvtepi32_epi16(expand_dwords(mask, wide, _mm512_setzero_si512()));
-      _mm256_store_si256(reinterpret_cast<__m256i*>(out + 32 * i), row);
-      values += 2 * std::popcount(mask);
-    }
-    return values;
+  static __m256i expand_half(const uint8_t* words, const uint8_t*& values) {
+    const auto mask = load<uint16_t>(words);
+    const __m512i wide = _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(values)));
+    values += 2 * std::popcount(mask);
+    return _mm512_cvtepi32_epi16(expand_dwords(mask, wide, _mm512_setzero_si512()));
   }
 
-  template <int M, int P>
-  static void dot(const uint8_t* const* weight, int64_t rows, const Activations<Bf16>& a, float* sums) {
-    const __m512i high = _mm512_set1_epi32(static_cast<int>(0xffff0000));
-    __m512 sum[M][P];
-    load_sums<M, P>(sums, sum);
-    for (int64_t r = 0; r < rows; ++r) {
-      __m512 even[P], odd[P];
-      for (int i = 0; i < P; ++i) {
-        const __m512i w = _mm512_loadu_si512(weight[i] + r * kRow);
-        even[i] = _mm512_castsi512_ps(_mm512_slli_epi32(w, 16));
-        odd[i] = _mm512_castsi512_ps(_mm512_and_si512(w, high));
-      }
-      for (int m = 0; m < M; ++m) {
-        const float* x = a.x + m * a.x_stride + 2 * r;
-        for (int i = 0; i < P; ++i) {
-          sum[m][i] = _mm512_fmadd_ps(even[i], _mm512_set1_ps(x[0]), sum[m][i]);
-          sum[m][i] = _mm512_fmadd_ps(odd[i], _mm512_set1_ps(x[1]), sum[m][i]);
-        }
-      }
-    }
-    store_sums<M, P>(sum, sums);
+  static __m512i expand_row(const uint8_t* words, const uint8_t*& values) {
+    const __m256i low = expand_half(words, values), high = expand_half(words + 2, values);
+    return _mm512_inserti64x4(_mm512_castsi256_si512(low), high, 1);
   }
+
+  static __m512 add(__m512 sum, __m512i row, const float* x) { return add_bf16(sum, row, x); }
 };
 
 struct Int8 {

@@ -14,17 +14,13 @@ namespace tce::sparse_linear::avx512_bf16 {
 
 #include "sparse_linear.inl"
 #include "avx512.inl"
+#include "vbmi2.inl"
 
 struct Bf16 : Floats<Bf16> {
   static constexpr DType dtype = DType::bf16;
   using X = uint16_t;
 
-  static __m512i expand_row(const uint8_t* words, const uint8_t*& values) {
-    const auto mask = load<uint32_t>(words);
-    const __m512i row = _mm512_mask_expand_epi16(fresh(_mm512_setzero_si512()), mask, _mm512_loadu_si512(values));
-    values += 2 * std::popcount(mask);
-    return row;
-  }
+  static __m512i expand_row(const uint8_t* words, const uint8_t*& values) { return expand_bf16(words, values); }
 
   static __m512 add(__m512 sum, __m512i row, const uint16_t* x) {
     return _mm512_dpbf16_ps(sum, __m512bh(row), __m512bh(_mm512_set1_epi32(load<int32_t>(x))));

@@ -1,4 +1,4 @@
-// AVX-512 VNNI (vpdpbusd) with VBMI2 (vpexpandb): int8 weights.
+// AVX-512 VNNI (vpdpbusd) with VBMI2 (vpexpandb, vpexpandw): int8 weights, and bf16 weights where vdpbf16ps is slow or missing.
 #include <algorithm>
 #include <array>
 #include <bit>
@@ -14,6 +14,15 @@ namespace tce::sparse_linear::avx512_vnni {
 
 #include "sparse_linear.inl"
 #include "avx512.inl"
+#include "vbmi2.inl"
+
+struct Bf16 : Floats<Bf16> {
+  static constexpr DType dtype = DType::bf16;
+  using X = float;
+
+  static __m512i expand_row(const uint8_t* words, const uint8_t*& values) { return expand_bf16(words, values); }
+  static __m512 add(__m512 sum, __m512i row, const float* x) { return add_bf16(sum, row, x); }
+};
 
 struct Int8 {
   static constexpr DType dtype = DType::int8;
@@ -111,6 +120,7 @@ struct Int8 {
   }
 };
 
+Variant bf16() { return variant<Bf16>(); }
 Variant int8() { return variant<Int8>(); }
 
 }  // namespace tce::sparse_linear::avx512_vnni

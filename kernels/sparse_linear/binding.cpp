@@ -11,8 +11,12 @@ namespace tce::sparse_linear {
 namespace {
 
 const Kernel<Variant> kFp32{"fp32", {{Isa::scalar, scalar::fp32}, {Isa::avx2, avx2::fp32}, {Isa::avx512, avx512::fp32}}};
-const Kernel<Variant> kBf16{
-    "bf16", {{Isa::scalar, scalar::bf16}, {Isa::avx2, avx2::bf16}, {Isa::avx512, avx512::bf16}, {Isa::avx512_bf16, avx512_bf16::bf16}}};
+const Kernel<Variant> kBf16{"bf16",
+                            {{Isa::scalar, scalar::bf16},
+                             {Isa::avx2, avx2::bf16},
+                             {Isa::avx512, avx512::bf16},
+                             {Isa::avx512_vnni, avx512_vnni::bf16},
+                             {Isa::avx512_bf16, bf16_dot_pays() ? avx512_bf16::bf16 : nullptr}}};
 const Kernel<Variant> kInt8{
     "int8", {{Isa::scalar, scalar::int8}, {Isa::avx2, avx2::int8}, {Isa::avx512, avx512::int8}, {Isa::avx512_vnni, avx512_vnni::int8}}};
 

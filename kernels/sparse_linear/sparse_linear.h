@@ -106,7 +106,7 @@ namespace avx512 {
 TCE_OPTIONAL Variant fp32(), bf16(), int8();
 }
 namespace avx512_vnni {
-TCE_OPTIONAL Variant int8();
+TCE_OPTIONAL Variant bf16(), int8();
 }
 namespace avx512_bf16 {
 TCE_OPTIONAL Variant bf16();

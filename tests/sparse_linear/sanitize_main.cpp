@@ -80,6 +80,7 @@ std::vector<Named> variants() {
   add("avx512", DType::fp32, avx512::fp32);
   add("avx512", DType::bf16, avx512::bf16);
   add("avx512", DType::int8, avx512::int8);
+  add("avx512_vnni", DType::bf16, avx512_vnni::bf16);
   add("avx512_vnni", DType::int8, avx512_vnni::int8);
   add("avx512_bf16", DType::bf16, avx512_bf16::bf16);
   return all;
@@ -142,7 +143,7 @@ int64_t product(const Named& kernel, const std::vector<uint8_t>& array, int64_t 
         if (kernel.dtype == DType::int8) bound += std::fabs(v) * step;
       }
       const double found = load_float(b.p.out, type, i * outputs + n);
-      bound += std::fabs(sum) * (type == Float::fp32 ? 1e-7 : 0.004);
+      bound += std::fabs(sum) * (type == Float::fp32 ? 1e-7 : 0.004) + (type == Float::fp16 ? 0x1p-25 : 0);  // half a step of denormals
       if (!(std::fabs(found - sum) <= bound)) {
         fail(std::string(kernel.name) + ": " + std::to_string(found) + " instead of " + std::to_string(sum) + " at row " +
              std::to_string(i) + ", output " + std::to_string(n) + " of " + std::to_string(m) + " x " + std::to_string(outputs) + " x " +

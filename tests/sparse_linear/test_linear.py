@@ -1,6 +1,7 @@
 """sparse_linear where numbers or memory are special: NaN, infinities, denormals, large sizes, fences, forks, damaged arrays."""
 
 import signal
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -190,9 +191,10 @@ def test_wide_and_tall(isa, dtype):
 def test_the_name_of_the_kernel_follows_the_cap(isa):
     """The best kernel that there is under the cap, and not one above it."""
     ladder = tce.core.isa.ISAS
+    intel = "GenuineIntel" in Path("/proc/cpuinfo").read_text()  # there vdpbf16ps is slower than what replaces it
     expected = {
         "fp32": min(isa, "avx512", key=ladder.index),
-        "bf16": "avx512" if isa == "avx512_vnni" else min(isa, "avx512_bf16", key=ladder.index),
+        "bf16": min(isa, "avx512_vnni" if intel else "avx512_bf16", key=ladder.index),
         "int8": min(isa, "avx512_vnni", key=ladder.index),
     }
     for kernel, name in expected.items():
