@@ -24,6 +24,7 @@ def demo(*arguments, **env):
 def test_json_has_both_models_and_the_ratio():
     done = demo("--json", "--tokens", "8")
     assert done.returncode == 0, done.stderr
+    assert "it/s]" not in done.stderr, "no progress bars where there is no terminal"
     result = json.loads(done.stdout)
     assert result.keys() == {"baseline", "optimized", "ratio"}
     baseline, optimized = result["baseline"], result["optimized"]

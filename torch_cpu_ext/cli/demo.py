@@ -1,6 +1,7 @@
 """`torch-cpu-ext demo`: a real model with and without torch_cpu_ext, side by side."""
 
 import json
+import os
 import statistics
 import subprocess
 import sys
@@ -67,7 +68,9 @@ class Worker:
     def __init__(self, model: str, settings: dict[str, Any]) -> None:
         self.model = model
         command = [sys.executable, "-m", "torch_cpu_ext.cli.llm_worker", json.dumps({"model": model, **settings})]
-        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, bufsize=1)
+        # reading GGUF has a progress bar of its own, which tqdm decides on when it is imported
+        environment = os.environ if sys.stderr.isatty() else {**os.environ, "TQDM_DISABLE": "1"}
+        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, bufsize=1, env=environment)
 
     def __enter__(self) -> "Worker":
         return self

@@ -40,8 +40,6 @@ def main() -> None:
 def serve(settings: dict[str, Any], answer: Callable[..., None]) -> None:
     """Loads the model, then answers ``generate`` and ``perplexity``."""
     os.environ.update(HF_HUB_OFFLINE="1", TRANSFORMERS_VERBOSITY="error", HF_HUB_DISABLE_PROGRESS_BARS="1", TOKENIZERS_PARALLELISM="false")
-    if not sys.stderr.isatty():
-        os.environ["TQDM_DISABLE"] = "1"  # reading GGUF has a progress bar of its own
     warnings.filterwarnings("ignore", module="transformers|gguf|huggingface_hub")
 
     import torch
