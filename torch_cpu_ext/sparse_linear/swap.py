@@ -31,11 +31,13 @@ def swap_linear(
     Returns:
         ``model``, or its replacement if it was itself an ``nn.Linear``.
     Raises:
-        ValueError: a weight has NaN or infinities where pruning or int8 need numbers; the message names the module.
+        ValueError: a weight has NaN or infinities where pruning or codes need numbers; the message names the module.
     """
     config = config or SparseLinearConfig()
     chosen = select(model, nn.Linear, filter_fn, include, exclude)
     shared = shared_parameters(model)
+    find_head = getattr(model, "get_output_embeddings", None)
+    head = find_head() if find_head else None
 
     def make(name: str, linear: nn.Module) -> nn.Module | str:
         assert isinstance(linear, nn.Linear)
@@ -48,7 +50,7 @@ def swap_linear(
         if any(getattr(linear, f"_{kind}_hooks") for kind in ("forward", "forward_pre", "backward", "backward_pre")):
             return "it has hooks, which would be lost (torch.nn.utils.prune.remove makes pruning permanent)"
         try:
-            return SparseLinear.from_linear(linear, config, tied=id(linear.weight) in shared)
+            return SparseLinear.from_linear(linear, config.for_head() if linear is head else config, tied=id(linear.weight) in shared)
         except ValueError as error:
             raise ValueError(f"{name or '(model)'}: {error}") from error
 
