@@ -89,9 +89,16 @@ class SparseLinear(Replacement):
             raise ValueError(f"from_linear: linear.weight must be finite to be packed as {config.dtype}, got NaN or an infinity")
         if config.sparsity is not None and not tied:
             dense = dense * magnitude_mask(dense, config.sparsity, config.granularity)
-        grid = {"group_size": config.group_size, "symmetric": config.symmetric}
-        result = cls(linear.in_features, linear.out_features, False, dtype=config.dtype, activation_group=config.activation_group, **grid)
-        result.packed = ops.pack(dense, dtype=config.dtype, layout=config.layout, **grid)
+        result = cls(
+            linear.in_features,
+            linear.out_features,
+            False,
+            dtype=config.dtype,
+            activation_group=config.activation_group,
+            group_size=config.group_size,
+            symmetric=config.symmetric,
+        )
+        result.packed = ops.pack(dense, dtype=config.dtype, layout=config.layout, group_size=config.group_size, symmetric=config.symmetric)
         result.bias = linear.bias
         result.weight_dtype, result.weight_requires_grad = weight.dtype, weight.requires_grad
         if tied or config.keep_original:

@@ -565,8 +565,8 @@ def linear(input: Tensor, packed: Tensor, bias: Tensor | None, out_features: int
         packed: the weight, as `pack` made it.
         bias: ``(out_features,)``, float32, bfloat16 or float16, or None.
         out_features: rows of the weight.
-        activation_group: 32 or 64 for int8 weights, 32 for int4 weights; the others do not use it. A single scale a row, as SparAMX has it, costs about one point of
-            perplexity on a 135M-parameter model.
+        activation_group: 32 or 64 for int8 weights, 32 for int4 weights; the others do not use it. A single scale a row, as
+            SparAMX has it, costs about one point of perplexity on a 135M-parameter model.
     Returns:
         ``(..., out_features)``, dtype of ``input``.
     Raises:
