@@ -18,7 +18,8 @@ constexpr int64_t kMaxRows = 8;
 
 const Kernel<Steps> kSteps{"decode", {{Isa::scalar, scalar::steps}, {Isa::avx2, avx2::steps}, {Isa::avx512, avx512::steps}}};
 
-// The columns of `plan`: where in the arena each part of a layer begins, -1 where there is none. The order of decode.py.
+// The columns of `plan`: where in the arena each part of a layer begins, -1 where there is none; last the tokens that a query sees, itself
+// included, -1 for all. The order of decode.py.
 enum Part {
   kInputNorm,
   kQ,
@@ -38,6 +39,7 @@ enum Part {
   kGateBias,
   kUpBias,
   kDownBias,
+  kWindow,
   kParts
 };
 
@@ -153,6 +155,7 @@ class Decoder {
         cos_(cos),
         sin_(sin),
         positions_(positions),
+        starts_(starts),
         kv_(kv),
         length_(length),
         splits_(divide_up(length + shape.tokens, kSplit)),
@@ -173,17 +176,7 @@ class Decoder {
         maximum_(splits_ * shape.rows() * shape.heads),
         sum_(maximum_.size()),
         first_(shape.batch * shape.queries()),
-        last_(first_.size()) {
-    const int64_t group = s_.heads / s_.kv_heads;
-    for (int64_t b = 0; b < s_.batch; ++b) {
-      for (int64_t t = 0; t < s_.tokens; ++t) {
-        for (int64_t g = 0; g < group; ++g) {
-          first_[(b * s_.tokens + t) * group + g] = starts ? starts[b] : 0;
-          last_[(b * s_.tokens + t) * group + g] = length_ + t + 1;
-        }
-      }
-    }
-  }
+        last_(first_.size()) {}
 
   void layer(int64_t i, float* hidden) {
     const int64_t rows = s_.rows(), width = s_.heads * s_.dim, kv_width = s_.kv_heads * s_.dim;
@@ -205,8 +198,7 @@ class Decoder {
     steps_.add(hidden, delta_.data(), rows * s_.hidden);
   }
 
-  // The last line of the plan: the final norm, which replaces `hidden`, and the head. Returns whether there is a head; `logits` may be null
-  // to ask.
+  // The final norm, if the last line of the plan has one.
   void finish(int64_t layers, float* hidden) {
     if (arena_.at(layers, 0) < 0) return;
     norm(layers, 0, hidden);
@@ -259,23 +251,37 @@ class Decoder {
     }
   }
 
+  // Which tokens each query sees: from the end of the padding or the start of the window to itself. Returns the first one that any sees.
+  int64_t see(int64_t layer) {
+    const int64_t group = s_.heads / s_.kv_heads, window = arena_.at(layer, kWindow);
+    int64_t least = length_;
+    for (size_t i = 0; i < first_.size(); ++i) {
+      const int64_t row = static_cast<int64_t>(i) / group, start = starts_ ? starts_[row / s_.tokens] : 0;
+      last_[i] = length_ + row % s_.tokens + 1;
+      first_[i] = window > 0 ? std::max(start, last_[i] - window) : start;
+      least = std::min(least, first_[i]);
+    }
+    return least;
+  }
+
   void attend(int64_t layer) {
-    const int64_t dim = s_.dim, queries = s_.queries(), total = length_ + s_.tokens, heads = s_.batch * s_.kv_heads;
-    const int64_t work = heads * total * dim * 4;
-    for_each_dynamic(heads * splits_, threads_for(work), [&](int64_t item) {
-      const int64_t head = item / splits_, split = item % splits_, b = head / s_.kv_heads;
-      const int64_t at = (split * heads + head) * queries;
+    const int64_t dim = s_.dim, queries = s_.queries(), heads = s_.batch * s_.kv_heads, stride = heads * queries;
+    const int64_t total = length_ + s_.tokens, begin = see(layer) / kSplit, splits = divide_up(total, kSplit) - begin;
+    const int64_t work = heads * (total - begin * kSplit) * dim * 4;
+    for_each_dynamic(heads * splits, threads_for(work), [&](int64_t item) {
+      const int64_t head = item / splits, split = item % splits, b = head / s_.kv_heads, at = split * stride + head * queries;
+      const int64_t first = (begin + split) * kSplit;
       steps_.attend({query_.data() + head * queries * dim, block_of(layer, 0, b, head % s_.kv_heads),
-                     block_of(layer, 1, b, head % s_.kv_heads), queries, dim, split * kSplit, std::min((split + 1) * kSplit, total),
+                     block_of(layer, 1, b, head % s_.kv_heads), queries, dim, first, std::min(first + kSplit, total),
                      first_.data() + b * queries, last_.data() + b * queries, partial_.data() + at * dim, maximum_.data() + at,
                      sum_.data() + at});
     });
-    const int64_t group = s_.heads / s_.kv_heads, stride = heads * queries;
+    const int64_t group = s_.heads / s_.kv_heads;
     for (int64_t i = 0; i < stride; ++i) {
       const int64_t head = i / queries, b = head / s_.kv_heads, t = i % queries / group;
       const int64_t h = head % s_.kv_heads * group + i % group;
       float* result = attended_.data() + ((b * s_.tokens + t) * s_.heads + h) * dim;
-      steps_.merge(partial_.data() + i * dim, maximum_.data() + i, sum_.data() + i, splits_, stride, dim, result);
+      steps_.merge(partial_.data() + i * dim, maximum_.data() + i, sum_.data() + i, splits, stride, dim, result);
     }
   }
 
@@ -283,7 +289,7 @@ class Decoder {
   const Arena& arena_;
   const Steps steps_;
   const float *cos_, *sin_;
-  const int64_t* positions_;
+  const int64_t *positions_, *starts_;
   uint16_t* kv_;
   const int64_t length_, splits_;
   const float epsilon_, scale_;

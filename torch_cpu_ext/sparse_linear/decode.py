@@ -3,18 +3,18 @@
 The layout of the cache is described in ``kernels/sparse_linear/decode.h``.
 """
 
-from itertools import pairwise
+from itertools import accumulate
 
 import torch
 from torch import Tensor
 
 from ..core.registry import define
-from .ops import FLOATS, _check_float, _linear_reference
+from .ops import _check_float, _linear_reference
 
 # The columns of a plan, as binding_decode.cpp names them.
 PARTS = (
     *("input_norm", "q", "k", "v", "o", "post_norm", "gate", "up", "down", "q_norm", "k_norm"),
-    *("q_bias", "k_bias", "v_bias", "o_bias", "gate_bias", "up_bias", "down_bias"),
+    *("q_bias", "k_bias", "v_bias", "o_bias", "gate_bias", "up_bias", "down_bias", "window"),
 )
 MAX_ROWS = 8
 BLOCK = 16  # tokens
@@ -76,8 +76,9 @@ def decode(
     Args:
         hidden: the new tokens, ``(batch, tokens, hidden_size)``, float32, bfloat16 or float16; ``batch * tokens`` from 1 to 8.
         arena: 1-D uint8: all packed weights (as `pack` makes them, each at a multiple of 64), norms and biases (float32).
-        plan: int64 ``(layers + 1, 18)``: the offset in ``arena`` of each of `PARTS`, -1 where a layer has none. The last line has the final
-            norm and the packed output embedding in its first two columns, -1 to leave them out.
+        plan: int64 ``(layers + 1, 19)``: the offset in ``arena`` of each of `PARTS`, -1 where a layer has none; in the last column the
+            tokens that a query sees, itself included (a sliding window), -1 for all. The last line has the final norm and the packed
+            output embedding in its first two columns, -1 to leave them out.
         cos: float32 ``(positions, head_dim / 2)``, of the rotary embedding.
         sin: likewise.
         positions: int64 ``(batch, tokens)``, lines of ``cos`` and ``sin``.
@@ -174,8 +175,10 @@ def _decode_reference(
         return torch.cat([a * c - b * s, b * c + a * s], -1)
 
     slots = torch.arange(length + tokens)
-    seen = slots <= length + torch.arange(tokens)[:, None]
-    seen = seen.expand(batch, tokens, -1) & (slots >= (torch.zeros(batch, dtype=torch.int64) if starts is None else starts)[:, None, None])
+    own = length + torch.arange(tokens)[:, None]
+    seen = (slots <= own).expand(batch, tokens, -1)
+    if starts is not None:
+        seen = seen & (slots >= starts[:, None, None])
     x = hidden.float()
     for layer, at in enumerate(offsets[:-1]):
         y = norm(x, at["input_norm"])
@@ -186,7 +189,8 @@ def _decode_reference(
         write_cache(kv[layer : layer + 1], length, torch.stack([k, v]).transpose(2, 3)[None])
         keys, values = read_cache(kv[layer : layer + 1], length + tokens)[0].float().repeat_interleave(heads // kv_heads, 2)
         scores = (q.transpose(1, 2) * scale) @ keys.transpose(2, 3)
-        attended = scores.masked_fill(~seen[:, None], -torch.inf).softmax(-1) @ values
+        near = seen if at["window"] < 0 else seen & (slots > own - at["window"])
+        attended = scores.masked_fill(~near[:, None], -torch.inf).softmax(-1) @ values
         x = x + linear(attended.transpose(1, 2).reshape(batch, tokens, heads * dim), at["o"], width, at["o_bias"])
         y = norm(x, at["post_norm"])
         gate, up = linear(y, at["gate"], inner, at["gate_bias"]), linear(y, at["up"], inner, at["up_bias"])
@@ -206,21 +210,11 @@ define(
 )
 
 
-def build_arena(parts: list[Tensor]) -> tuple[Tensor, list[int]]:
-    """Puts tensors one after the other into one array, each at a multiple of 64.
+def empty_arena(sizes: list[int]) -> tuple[Tensor, list[int]]:
+    """An array for parts of these many bytes, each at a multiple of 64.
 
-    Args:
-        parts: contiguous uint8 or float32 tensors.
     Returns:
-        The array (uint8), and where each part begins.
+        The array (uint8, not initialised), and where each part begins.
     """
-    ends = [0]
-    for part in parts:
-        ends.append(ends[-1] + -(-part.numel() * part.element_size() // 64) * 64)
-    arena = torch.zeros(ends[-1], dtype=torch.uint8)
-    for part, (begin, _) in zip(parts, pairwise(ends), strict=True):
-        arena[begin : begin + part.numel() * part.element_size()] = part.reshape(-1).view(torch.uint8)
-    return arena, ends[:-1]
-
-
-__all__ = ["ACTIVATIONS", "BLOCK", "FLOATS", "MAX_ROWS", "PARTS", "build_arena", "decode", "read_cache", "write_cache"]
+    ends = list(accumulate((-(-size // 64) * 64 for size in sizes), initial=0))
+    return torch.empty(ends[-1], dtype=torch.uint8), ends[:-1]
