@@ -90,6 +90,10 @@ class Replacement(nn.Module):
         """A replacement of ``module`` without weights, from what `spec` gave."""
         raise NotImplementedError
 
+    @classmethod
+    def settle(cls, model: nn.Module) -> None:
+        """Called once all replacements of a model have their weights."""
+
 
 @dataclass
 class Row:

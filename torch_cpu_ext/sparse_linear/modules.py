@@ -1,12 +1,13 @@
 """`SparseLinear`, the drop-in for ``nn.Linear``."""
 
 from collections.abc import Callable
+from itertools import accumulate
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
-from ..core import jit
+from ..core import jit, memory
 from ..core.swap import Replacement, Row, tensor_bytes
 from . import ops
 from .config import SparseLinearConfig
@@ -172,6 +173,16 @@ class SparseLinear(Replacement):
         result = cls(**arguments, device="meta")
         result.weight_dtype = weight_dtype
         return result
+
+    @classmethod
+    def settle(cls, model: nn.Module) -> None:
+        """Moves the packed weights of a model into one array in huge pages, of which the layers keep views; one layer at a time."""
+        layers = [module for module in model.modules() if isinstance(module, SparseLinear) and module._has_weights()]
+        ends = list(accumulate((-(-layer.packed.numel() // 64) * 64 for layer in layers), initial=0))
+        arena = memory.zeros(ends[-1])
+        for layer, start in zip(layers, ends, strict=False):
+            place = arena[start : start + layer.packed.numel()]
+            layer.packed = place.copy_(layer.packed)
 
     def extra_repr(self) -> str:
         return (

@@ -55,6 +55,7 @@ def swap_linear(
             raise ValueError(f"{name or '(model)'}: {error}") from error
 
     model = replace(model, chosen, make, "sparse_linear: packing")
+    SparseLinear.settle(model)
     if config.fuse and any(type(module).__module__.startswith("transformers.models.") for module in model.modules()):
         from ..integrations.decoder import fuse
 
