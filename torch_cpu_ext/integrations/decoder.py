@@ -81,7 +81,7 @@ class StoreLayer(DynamicLayer):
         return read_cache(kv, self.length)[0, which].to(self.dtype)
 
     @property
-    def keys(self) -> Tensor:  # type: ignore[override]
+    def keys(self) -> Tensor:
         """A copy in plain order, ``(batch, heads, length, head_dim)``."""
         return self._read(0)
 
@@ -90,7 +90,7 @@ class StoreLayer(DynamicLayer):
         assert value is None, "the keys of a fused decoder's cache change by update() only"
 
     @property
-    def values(self) -> Tensor:  # type: ignore[override]
+    def values(self) -> Tensor:
         """Like `keys`."""
         return self._read(1)
 
