@@ -1,9 +1,10 @@
 """sparse_linear: pruned, low-precision Linear layers that read fewer bytes of weights (SparAMX, arXiv:2502.12444)."""
 
 from .config import SparseLinearConfig
+from .conv1d import SparseConv1D
 from .modules import SparseLinear
 from .ops import check, linear, pack, unpack
 from .pruning import magnitude_mask
 from .swap import swap_linear
 
-__all__ = ["SparseLinear", "SparseLinearConfig", "check", "linear", "magnitude_mask", "pack", "swap_linear", "unpack"]
+__all__ = ["SparseConv1D", "SparseLinear", "SparseLinearConfig", "check", "linear", "magnitude_mask", "pack", "swap_linear", "unpack"]
