@@ -7,6 +7,7 @@ while it is loaded, one weight after the other; a checkpoint saved by ``save_pre
 import ctypes
 import dataclasses
 import inspect
+import logging
 import os
 from typing import Any
 
@@ -26,7 +27,8 @@ except ImportError as error:
     raise ImportError(f"transformers 5 must be installed: pip install 'torch_cpu_ext[transformers]' ({error})", name=error.name) from error
 
 METHOD = "torch_cpu_ext"
-_RELEASE_BYTES = 64 << 20  # dense bytes that are packed between two calls of `_release`
+_log = logging.getLogger("torch_cpu_ext.transformers")
+_RELEASE_BYTES = 32 << 20  # dense bytes that are packed between two calls of `_release`
 _MADV_PAGEOUT = 21  # Linux 5.4; Python's mmap module does not have it
 
 
@@ -200,14 +202,14 @@ class PackWeight(ConversionOps):
     def __init__(self, hf_quantizer: TorchCpuExtQuantizer) -> None:
         self.hf_quantizer = hf_quantizer
 
-    def convert(self, input_dict: dict[str, Any], *, model: Any, missing_keys: set[str] | None = None, **kwargs: Any) -> dict[str, Any]:
+    def convert(self, input_dict: dict[str, Any], source_patterns: Any, target_patterns: Any, **kwargs: Any) -> dict[str, Any]:
         """Takes one or more weights by their full names (a fused weight has been split by then), gives back those that stay dense."""
         rest = {}
         for name in list(input_dict):
             value = input_dict.pop(name)
             weight = value[0] if isinstance(value, list) else value
-            chosen = self.hf_quantizer.param_needs_quantization(model, name)
-            if not (chosen and self.hf_quantizer.pack(model, name, weight, missing_keys)):
+            chosen = self.hf_quantizer.param_needs_quantization(kwargs["model"], name)
+            if not (chosen and self.hf_quantizer.pack(kwargs["model"], name, weight, kwargs.get("missing_keys"))):
                 rest[name] = weight
         return rest
 
@@ -218,12 +220,10 @@ class TakePacked(ConversionOps):
     def __init__(self, hf_quantizer: TorchCpuExtQuantizer) -> None:
         self.hf_quantizer = hf_quantizer
 
-    def convert(
-        self, input_dict: dict[str, Any], *, model: Any, full_layer_name: str, missing_keys: set[str] | None = None, **kwargs: Any
-    ) -> dict[str, Any]:
+    def convert(self, input_dict: dict[str, Any], source_patterns: Any, target_patterns: Any, **kwargs: Any) -> dict[str, Any]:
         """Takes one packed weight, gives nothing back."""
         ((packed,),) = input_dict.values()
-        self.hf_quantizer.take(model, full_layer_name, packed, missing_keys)
+        self.hf_quantizer.take(kwargs["model"], kwargs["full_layer_name"], packed, kwargs.get("missing_keys"))
         return {}
 
 
@@ -239,18 +239,19 @@ def _untie(model: Any, weight_name: str) -> None:
 
 
 def _release(files: list[str]) -> None:
-    """Lets the system take back the memory of weights that were read from mapped files.
+    """Gives back to the system what packing has used: the memory of mapped files that were read, and freed memory that malloc keeps.
 
-    transformers maps a checkpoint and unmaps it once all is loaded, so what was read stays in the process until then. This is a hint that
-    changes no data, and does nothing where the system does not know it: pages that are still needed are read again.
+    transformers maps a checkpoint and unmaps it once all is loaded, so what was read stays in the process until then. Neither of the two
+    calls changes any data: pages that are needed again are read again.
     """
     try:
         with open("/proc/self/maps") as maps:
-            ranges = [line.split(maxsplit=5) for line in maps if "/" in line]
-        madvise = ctypes.CDLL(None).madvise
-    except (OSError, AttributeError):  # no Linux
-        return
-    for fields in ranges:
-        if len(fields) == 6 and fields[5].rstrip("\n") in files:
-            begin, end = (int(address, 16) for address in fields[0].split("-"))
-            madvise(ctypes.c_void_p(begin), ctypes.c_size_t(end - begin), _MADV_PAGEOUT)
+            ranges = [fields for fields in (line.rstrip("\n").split(maxsplit=5) for line in maps) if len(fields) == 6]
+        libc = ctypes.CDLL(None)
+        for address, *_, path in ranges:
+            if path in files:
+                begin, end = (int(number, 16) for number in address.split("-"))
+                libc.madvise(ctypes.c_void_p(begin), ctypes.c_size_t(end - begin), _MADV_PAGEOUT)
+        libc.malloc_trim(ctypes.c_size_t(0))
+    except (OSError, AttributeError) as error:  # no Linux, or no glibc
+        _log.debug("memory that packing has used is given back later: %s", error)

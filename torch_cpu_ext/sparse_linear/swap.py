@@ -52,8 +52,9 @@ def swap_linear(
 ) -> nn.Module:
     """Replaces the ``nn.Linear`` layers of a model by `SparseLinear`, in place; the same as `optimize` with a `SparseLinearConfig`.
 
-    The ``Conv1D`` layers of transformers, which are linear layers, are replaced too. Subclasses of ``nn.Linear`` are left alone. A tied ``lm_head`` is packed too (it is a quarter or more of a small model's bytes),
-    unpruned; the embedding keeps the shared weight, and `restore` ties them again.
+    The ``Conv1D`` layers of transformers are linear layers too, and become `SparseConv1D`. Subclasses of either are left alone. A tied
+    ``lm_head`` is packed too (it is a quarter or more of a small model's bytes), unpruned; the embedding keeps the shared weight, and
+    `restore` ties them again.
 
     Args:
         model: any module; a layer itself is replaced by the returned layer.
