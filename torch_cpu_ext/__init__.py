@@ -12,15 +12,17 @@ from .core.errors import BuildError, CorruptFileError, FallbackWarning
 from .core.isa import isa
 from .core.jit import kernel_isa, load
 from .core.swap import optimize, report, restore
-from .sparse_linear import SparseLinear, SparseLinearConfig, swap_linear
+from .sparse_linear import KernelInfo, SparseLinear, SparseLinearConfig, kernel_info, swap_linear
 
 __all__ = [
     "BuildError",
     "CorruptFileError",
     "FallbackWarning",
+    "KernelInfo",
     "SparseLinear",
     "SparseLinearConfig",
     "isa",
+    "kernel_info",
     "kernel_isa",
     "load",
     "load_checkpoint",

@@ -46,6 +46,8 @@ class TorchCpuExtConfig(QuantizationConfigMixin):
         ValueError: a field or its value is not one of `SparseLinearConfig`, or a newer version wrote it.
     """
 
+    quant_method: Any  # transformers takes other strings than those of its enum
+
     def __init__(
         self,
         modules_to_not_convert: list[str] | None = None,

@@ -2,9 +2,22 @@
 
 from .config import SparseLinearConfig
 from .conv1d import SparseConv1D
+from .measure import KernelInfo, kernel_info
 from .modules import SparseLinear
 from .ops import check, linear, pack, unpack
 from .pruning import magnitude_mask
 from .swap import swap_linear
 
-__all__ = ["SparseConv1D", "SparseLinear", "SparseLinearConfig", "check", "linear", "magnitude_mask", "pack", "swap_linear", "unpack"]
+__all__ = [
+    "KernelInfo",
+    "SparseConv1D",
+    "SparseLinear",
+    "SparseLinearConfig",
+    "check",
+    "kernel_info",
+    "linear",
+    "magnitude_mask",
+    "pack",
+    "swap_linear",
+    "unpack",
+]
