@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 import torch_cpu_ext as tce
-from torch_cpu_ext.sparse_linear import SparseConv1D
+from torch_cpu_ext.sparse_linear.conv1d import SparseConv1D
 
 from support import run_python, succeeded
 

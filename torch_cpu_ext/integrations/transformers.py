@@ -15,7 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from ..core.swap import put, restore, select
-from ..sparse_linear import SparseConv1D, SparseLinear, SparseLinearConfig, ops, swap_linear
+from ..sparse_linear import SparseLinear, SparseLinearConfig, ops, swap_linear
+from ..sparse_linear.conv1d import SparseConv1D
 from ..sparse_linear.swap import layer_classes, stand_in
 
 try:

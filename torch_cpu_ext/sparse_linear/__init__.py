@@ -1,7 +1,6 @@
 """sparse_linear: pruned, low-precision Linear layers that read fewer bytes of weights (SparAMX, arXiv:2502.12444)."""
 
 from .config import SparseLinearConfig
-from .conv1d import SparseConv1D
 from .measure import KernelInfo, kernel_info
 from .modules import SparseLinear
 from .ops import check, linear, pack, unpack
@@ -10,7 +9,6 @@ from .swap import swap_linear
 
 __all__ = [
     "KernelInfo",
-    "SparseConv1D",
     "SparseLinear",
     "SparseLinearConfig",
     "check",
