@@ -233,6 +233,15 @@ def test_weights_that_cannot_be_packed_are_an_error(tmp_path, caplog):
     assert len(packed(exact)) == 15
 
 
+@pytest.mark.parametrize(("names", "kept"), [(["gate_proj.weight"], 2), ({"layers.*.mlp"}, 6), (["proj", "nothing"], 0), (["lm_head"], 1)])
+def test_what_transformers_keeps_in_float32_stays_dense(names, kept, tmp_path, monkeypatch):
+    make_model("llama").save_pretrained(tmp_path / "dense")
+    monkeypatch.setattr(transformers.LlamaForCausalLM, "_keep_in_fp32_modules", names)
+    model = load(tmp_path / "dense", "llama", quantization_config=TorchCpuExtConfig())
+    assert len(packed(model)) == 15 - kept
+    assert sum(type(module) is nn.Linear for module in model.modules()) == kept
+
+
 def test_damaged_files_are_an_error(tmp_path):
     from safetensors.torch import save_file
 

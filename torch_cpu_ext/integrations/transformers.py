@@ -9,6 +9,7 @@ import dataclasses
 import inspect
 import logging
 import os
+import re
 from typing import Any
 
 import torch
@@ -85,7 +86,7 @@ class TorchCpuExtQuantizer(HfQuantizer):
         super().__init__(quantization_config, **kwargs)
         self._linear_config = quantization_config.linear_config()
         self._chosen: set[str] = set()  # weights to pack while they are loaded
-        self._excluded: list[str] = []
+        self._kept = re.compile("(?!)")  # fits the weights that transformers keeps in float32
         self._files: list[str] = []
         self._unreleased = 0
 
@@ -100,15 +101,21 @@ class TorchCpuExtQuantizer(HfQuantizer):
         return None
 
     def _process_model_before_weight_loading(self, model: Any, checkpoint_files: list[str] | None = None, **kwargs: Any) -> Any:
-        # transformers keeps these in float32 since their products overflow float16, in which a packed layer would return them
-        self._excluded = [*(self.quantization_config.modules_to_not_convert or []), *(model._keep_in_fp32_modules or [])]
+        # Their results overflow float16, in which a packed layer would return them. Names may be cut short and have a * for anything.
+        names = [*(model._keep_in_fp32_modules or ()), *(model._keep_in_fp32_modules_strict or ())]
+        if names:
+            self._kept = re.compile(rf"(^|\.)({'|'.join(name.replace('*', '.*') for name in names)})(\.|$)")
         self._files = [os.path.realpath(file) for file in checkpoint_files or []]
         if not self.pre_quantized:
             # Tied weights become one parameter after all are loaded; `swap_linear` packs their layers then.
             tied = {*model.all_tied_weights_keys, *model.all_tied_weights_keys.values()}
-            chosen = select(model, layer_classes(), None, None, self._excluded)
-            self._chosen = {f"{name}.weight" for name, layer in chosen.items() if layer.weight.dtype in ops.FLOATS.values()} - tied
+            chosen = select(model, layer_classes(), self._wanted, None, self.quantization_config.modules_to_not_convert)
+            self._chosen = {f"{name}.weight" for name in chosen} - tied
         return model
+
+    def _wanted(self, layer: Any, name: str) -> bool:
+        """Whether transformers and the kernels are content to have a layer packed."""
+        return layer.weight.dtype in ops.FLOATS.values() and not self._kept.search(f"{name}.weight")
 
     def param_needs_quantization(self, model: Any, param_name: str, **kwargs: Any) -> bool:
         """Whether a weight is packed as soon as it is loaded."""
@@ -168,8 +175,8 @@ class TorchCpuExtQuantizer(HfQuantizer):
             swap_linear(
                 model,
                 self._linear_config,
-                lambda layer, name: getattr(layer.weight, "_is_hf_initialized", False),
-                exclude=self._excluded,
+                lambda layer, name: self._wanted(layer, name) and getattr(layer.weight, "_is_hf_initialized", False),
+                exclude=self.quantization_config.modules_to_not_convert,
             )
         for name, layer in model.named_modules():
             if isinstance(layer, SparseLinear):
