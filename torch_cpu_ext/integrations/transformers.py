@@ -6,7 +6,6 @@ while it is loaded, one weight after the other; a checkpoint saved by ``save_pre
 
 import ctypes
 import dataclasses
-import inspect
 import logging
 import os
 import re
@@ -18,7 +17,7 @@ from torch import Tensor, nn
 from ..core.swap import put, restore, select
 from ..sparse_linear import SparseLinear, SparseLinearConfig, ops, swap_linear
 from ..sparse_linear.conv1d import SparseConv1D
-from ..sparse_linear.swap import layer_classes, stand_in
+from ..sparse_linear.swap import fuse_layers, layer_classes, stand_in
 
 try:
     from transformers.core_model_loading import ConversionOps, WeightConverter
@@ -145,7 +144,8 @@ class TorchCpuExtQuantizer(HfQuantizer):
         """Packs a dense weight; False if its layer has to stay as it is."""
         layer = model.get_submodule(weight_name.rpartition(".")[0])
         layer.weight = nn.Parameter(weight, requires_grad=layer.weight.requires_grad)
-        packed = stand_in(layer, self._linear_config)
+        head = layer is model.get_output_embeddings()
+        packed = stand_in(layer, self._linear_config.for_head() if head else self._linear_config)
         if isinstance(packed, str):
             return False
         self.put(model, weight_name, packed, missing_keys)
@@ -157,10 +157,11 @@ class TorchCpuExtQuantizer(HfQuantizer):
         if type(old) not in layer_classes():
             raise ValueError(f"{weight_name} belongs to a {type(old).__name__}, which takes no packed weight")
         kind = SparseLinear if type(old) is nn.Linear else SparseConv1D
-        _, dtype, _, outputs, inputs, _ = ops.check(packed).tolist()
-        known = inspect.signature(kind).parameters
-        fields = {name: value for name, value in dataclasses.asdict(self._linear_config).items() if name in known}
-        layer = kind(inputs, outputs, False, **{**fields, "dtype": ops.DTYPES[dtype]}, device="meta")
+        _, dtype, _, outputs, inputs, _, group_size, symmetric = ops.check(packed).tolist()
+        fields = {"dtype": ops.DTYPES[dtype], "activation_group": self._linear_config.activation_group}
+        if fields["dtype"] == "int4":
+            fields |= {"activation_group": 32, "group_size": group_size, "symmetric": bool(symmetric)}
+        layer = kind(inputs, outputs, False, **fields, device="meta")
         wanted = tuple(old.weight.shape) if kind is SparseLinear else tuple(old.weight.shape)[::-1]
         if (outputs, inputs) != wanted:
             raise ValueError(f"{weight_name} must be {wanted} (out_features, in_features), got {(outputs, inputs)}")
@@ -178,6 +179,8 @@ class TorchCpuExtQuantizer(HfQuantizer):
                 lambda layer, name: self._wanted(layer, name) and getattr(layer.weight, "_is_hf_initialized", False),
                 exclude=self.quantization_config.modules_to_not_convert,
             )
+        else:
+            fuse_layers(model, self._linear_config)
         for name, layer in model.named_modules():
             if isinstance(layer, SparseLinear):
                 _untie(model, f"{name}.weight")

@@ -25,7 +25,7 @@ def stand_in(layer: nn.Module, config: SparseLinearConfig, *, tied: bool = False
         config: how to pack it.
         tied: as in `SparseLinear.from_linear`.
     Raises:
-        ValueError: the weight has NaN or infinities where pruning or int8 need numbers.
+        ValueError: the weight has NaN or infinities where pruning or codes need numbers.
     """
     weight = cast(nn.Parameter, layer.weight)
     if weight.device.type != "cpu":
@@ -65,16 +65,27 @@ def swap_linear(
     Returns:
         ``model``, or its replacement if it was itself a layer.
     Raises:
-        ValueError: a weight has NaN or infinities where pruning or int8 need numbers; the message names the module.
+        ValueError: a weight has NaN or infinities where pruning or codes need numbers; the message names the module.
     """
     config = config or SparseLinearConfig()
     chosen = select(model, layer_classes(), filter_fn, include, exclude)
     shared = shared_parameters(model)
+    find_head = getattr(model, "get_output_embeddings", None)
+    head = find_head() if find_head else None
 
     def make(name: str, layer: nn.Module) -> nn.Module | str:
         try:
-            return stand_in(layer, config, tied=id(layer.weight) in shared)
+            return stand_in(layer, config.for_head() if layer is head else config, tied=id(layer.weight) in shared)
         except ValueError as error:
             raise ValueError(f"{name or '(model)'}: {error}") from error
 
-    return replace(model, chosen, make, "sparse_linear: packing")
+    return fuse_layers(replace(model, chosen, make, "sparse_linear: packing"), config)
+
+
+def fuse_layers(model: nn.Module, config: SparseLinearConfig) -> nn.Module:
+    """Fuses the stacks of packed layers in models of transformers, if the config says so; see `integrations.decoder`."""
+    if config.fuse and any(type(module).__module__.startswith("transformers.models.") for module in model.modules()):
+        from ..integrations.decoder import fuse
+
+        model = fuse(model)
+    return model
