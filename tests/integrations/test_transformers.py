@@ -224,6 +224,27 @@ def test_a_model_optimized_by_hand_can_be_saved(tmp_path):
     assert [row.kind for row in tce.report(again).rows] == [row.kind for row in tce.report(model).rows]
 
 
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+@pytest.mark.parametrize("fields", [{"group_size": 64, "symmetric": True}, {"head_dtype": "bf16", "sparsity": 0.7}, {"fuse": False}])
+def test_int4(name, fields, tmp_path):
+    """The head has a dtype of its own; group size and symmetry are those of the packed arrays."""
+    make_model(name).save_pretrained(tmp_path / "dense")
+    model = load(tmp_path / "dense", name, quantization_config=TorchCpuExtConfig(dtype="int4", **fields))
+    reference = tce.optimize(load(tmp_path / "dense", name), tce.SparseLinearConfig(dtype="int4", **fields))
+    assert tce.report(model).rows == tce.report(reference).rows
+    assert model.lm_head.dtype == fields.get("head_dtype", "int8")
+    assert output(model).equal(output(reference))
+    model.save_pretrained(tmp_path / "packed")
+    again = load(tmp_path / "packed", name)
+    assert [m.spec() for m in again.modules() if isinstance(m, tce.SparseLinear)] == [
+        m.spec() | {"symmetric": m.symmetric and m.dtype == "int4", "group_size": m.group_size if m.dtype == "int4" else 32}
+        for m in model.modules()
+        if isinstance(m, tce.SparseLinear)
+    ]
+    assert [(row.name, row.kind) for row in tce.report(again).rows] == [(row.name, row.kind) for row in tce.report(model).rows]
+    assert output(again).equal(output(model))
+
+
 def test_weights_that_cannot_be_packed_are_an_error(tmp_path, caplog):
     model = make_model("llama")
     model.model.layers[0].mlp.up_proj.weight.data[0, 0] = float("inf")

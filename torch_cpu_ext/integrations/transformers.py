@@ -158,7 +158,7 @@ class TorchCpuExtQuantizer(HfQuantizer):
             raise ValueError(f"{weight_name} belongs to a {type(old).__name__}, which takes no packed weight")
         kind = SparseLinear if type(old) is nn.Linear else SparseConv1D
         _, dtype, _, outputs, inputs, _, group_size, symmetric = ops.check(packed).tolist()
-        fields = {"dtype": ops.DTYPES[dtype], "activation_group": self._linear_config.activation_group}
+        fields: dict[str, Any] = {"dtype": ops.DTYPES[dtype], "activation_group": self._linear_config.activation_group}
         if fields["dtype"] == "int4":
             fields |= {"activation_group": 32, "group_size": group_size, "symmetric": bool(symmetric)}
         layer = kind(inputs, outputs, False, **fields, device="meta")
