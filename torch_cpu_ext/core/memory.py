@@ -1,7 +1,10 @@
-"""Memory in huge pages: with pages of 4 KiB a core spends a third of the time of a long read on looking up addresses."""
+"""The machine's memory: huge pages, the size of the caches, the speed of a plain read."""
 
 import contextlib
 import mmap
+import time
+from collections.abc import Callable
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -23,3 +26,27 @@ def zeros(size: int) -> Tensor:
     whole = torch.frombuffer(region, dtype=torch.uint8)  # keeps the region
     start = -whole.data_ptr() % _HUGE
     return whole[start : start + size]
+
+
+def last_level_cache() -> int:
+    """Bytes of the largest cache of the first core; 0 where the system does not say."""
+    sizes = [path.read_text().strip() for path in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size")]
+    return max((int(size[:-1]) << {"K": 10, "M": 20}[size[-1]] for size in sizes), default=0)
+
+
+def cold_bytes() -> int:
+    """What arrays that are read in turn must come to, so that each is out of every cache when its turn comes again."""
+    return max(160 << 20, 3 * last_level_cache() // 2)
+
+
+def read_calls(size: int) -> list[Callable[[], object]]:
+    """Ways to read ``size`` bytes of memory and do next to nothing else; the fastest one shows what the machine can stream."""
+    block = zeros(size).fill_(1).view(torch.float32)
+    return [block.sum, block.amax]
+
+
+def seconds(call: Callable[[], object]) -> float:
+    """Time of one call."""
+    start = time.perf_counter()
+    call()
+    return time.perf_counter() - start
