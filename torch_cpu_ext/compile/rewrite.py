@@ -40,7 +40,7 @@ def rewrite(
     Args:
         gm: a graph from Dynamo; it stays as it is, since Dynamo goes on using it.
         example_inputs: its inputs; parameters and buffers are real tensors.
-        config: for all layers; None packs those that get smaller without loss.
+        config: for all layers (its `for_head` for the output embedding); None packs those that get smaller without loss.
     Returns:
         A graph with one more input for each packed weight, behind all others; example inputs for it; the slots that provide the new inputs;
         and what became of each linear layer.
