@@ -130,7 +130,7 @@ def gguf_blocks(kind, generator, rows=19, blocks=5):
 
 @pytest.mark.parametrize("kind", ["Q4_0", "Q4_1"])
 def test_gguf_blocks_are_kept(kind):
-    """A block that uses its smallest code (Q4_1: and its largest), as the ones that llama.cpp makes do, is found again; any with its grid."""
+    """A block that uses its smallest code (Q4_1: and its largest), as those of llama.cpp do, is found again; any other by its grid."""
     for seed in range(5):
         weight, grid = gguf_blocks(kind, torch.Generator().manual_seed(seed))
         assert unpack(pack(weight, dtype="int4", layout="dense", symmetric=kind == "Q4_0"), *weight.shape).equal(weight)

@@ -36,8 +36,8 @@ def swap_linear(
     config = config or SparseLinearConfig()
     chosen = select(model, nn.Linear, filter_fn, include, exclude)
     shared = shared_parameters(model)
-    find_head = getattr(model, "get_output_embeddings", None)
-    head = find_head() if find_head else None
+    # Asked of every part: the language model may be inside of another module.
+    heads = [find() for module in model.modules() if (find := getattr(module, "get_output_embeddings", None))]
 
     def make(name: str, linear: nn.Module) -> nn.Module | str:
         assert isinstance(linear, nn.Linear)
@@ -50,7 +50,9 @@ def swap_linear(
         if any(getattr(linear, f"_{kind}_hooks") for kind in ("forward", "forward_pre", "backward", "backward_pre")):
             return "it has hooks, which would be lost (torch.nn.utils.prune.remove makes pruning permanent)"
         try:
-            return SparseLinear.from_linear(linear, config.for_head() if linear is head else config, tied=id(linear.weight) in shared)
+            return SparseLinear.from_linear(
+                linear, config.for_head() if any(linear is head for head in heads) else config, tied=id(linear.weight) in shared
+            )
         except ValueError as error:
             raise ValueError(f"{name or '(model)'}: {error}") from error
 
