@@ -76,7 +76,8 @@ class SparseLinear(Replacement):
             config: None for the default.
             tied: the weight belongs to another module too: it is not pruned, and `to_linear` gives back the very same parameter.
         Raises:
-            ValueError: the weight is on another device than the CPU, or has NaN or infinities where pruning or codes need numbers.
+            ValueError: the weight is on another device than the CPU, or has NaN or infinities where pruning or codes need
+                numbers, or for int4 values beyond float16.
             TypeError: the weight is not float32, bfloat16 or float16.
         """
         config = config or SparseLinearConfig()
@@ -88,6 +89,10 @@ class SparseLinear(Replacement):
         dense = weight.detach()
         if config.dtype in ("int8", "int4") and not bool(dense.isfinite().all()):
             raise ValueError(f"from_linear: linear.weight must be finite to be packed as {config.dtype}, got NaN or an infinity")
+        if config.dtype == "int4" and bool((dense.abs() > ops.INT4_LIMIT).any()):
+            raise ValueError(
+                f"from_linear: linear.weight must be within the range of float16 to be packed as int4, got {dense.abs().max():g}"
+            )
         if config.sparsity is not None and not tied:
             dense = dense * magnitude_mask(dense, config.sparsity, config.granularity)
         result = cls(

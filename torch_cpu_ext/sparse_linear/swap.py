@@ -70,12 +70,13 @@ def swap_linear(
     config = config or SparseLinearConfig()
     chosen = select(model, layer_classes(), filter_fn, include, exclude)
     shared = shared_parameters(model)
-    find_head = getattr(model, "get_output_embeddings", None)
-    head = find_head() if find_head else None
+    # Asked of every part: the language model may be inside of another module.
+    heads = [find() for module in model.modules() if (find := getattr(module, "get_output_embeddings", None))]
 
     def make(name: str, layer: nn.Module) -> nn.Module | str:
         try:
-            return stand_in(layer, config.for_head() if layer is head else config, tied=id(layer.weight) in shared)
+            own = config.for_head() if any(layer is head for head in heads) else config
+            return stand_in(layer, own, tied=id(layer.weight) in shared)
         except ValueError as error:
             raise ValueError(f"{name or '(model)'}: {error}") from error
 
