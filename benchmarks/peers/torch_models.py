@@ -1,0 +1,121 @@
+"""Models of transformers: as they are, compiled by a backend, quantised by torchao, or optimized by this package."""
+
+import functools
+import importlib
+import math
+from typing import Any
+
+import torch
+from torch import nn
+
+from torch_cpu_ext import SparseLinearConfig
+from torch_cpu_ext.integrations import smollm2
+
+from . import Run, Runner, Weights, models
+
+
+class TransformersModel(Runner):
+    """``model.generate``, greedily.
+
+    Args:
+        model: name of the model.
+        threads: of PyTorch.
+        module: the model itself.
+        backend: of ``torch.compile`` for the step of one token, with a static cache; None compiles nothing. The prompt runs uncompiled.
+        by_token: measure perplexity token by token, as decoding computes it, not a window at a time.
+    """
+
+    def __init__(
+        self, model: str, threads: int, module: Any, *, backend: str | None = None, by_token: bool = False
+    ) -> None:
+        torch.set_num_threads(threads)
+        self.name, self.by_token = model, by_token
+        self.model = module
+        self.caches: dict[int, Any] | None = None
+        self.size = self._weights()
+        if backend:
+            self.caches = {}
+            whole, step = self.model.forward, torch.compile(self.model.forward, backend=backend, dynamic=False)
+
+            @functools.wraps(whole)
+            def forward(input_ids: Any = None, **rest: Any) -> Any:
+                return (step if input_ids.shape[1] == 1 else whole)(input_ids=input_ids, **rest)
+
+            self.model.forward = forward
+
+    def prepare(self, context: int, tokens: int) -> None:
+        for _ in range(2):
+            self.decode(context, 8 if self.caches is None else tokens)
+
+    def decode(self, context: int, tokens: int) -> Run:
+        options = {}
+        if self.caches is not None:
+            from transformers import StaticCache
+
+            if context not in self.caches:  # one of just the length needed, since attention reads all of it
+                self.caches[context] = StaticCache(config=self.model.config, max_cache_len=context + tokens + 1)
+            self.caches[context].reset()
+            options["past_key_values"] = self.caches[context]
+        run = smollm2.generate(self.model, models.prompt(self.name, context), tokens + 1, **options)
+        return Run(run.first_s, run.gaps_s)
+
+    def weights(self) -> Weights:
+        return self.size
+
+    def _weights(self) -> Weights:
+        held = smollm2.weight_bytes(self.model)
+        embeddings = [m for m in self.model.modules() if isinstance(m, nn.Embedding)]
+        others = [m for m in self.model.modules() if not isinstance(m, nn.Embedding)]
+        shared = {p.data_ptr() for m in others for p in m.parameters(recurse=False)}
+        looked_up = sum(p.numel() * p.element_size() for m in embeddings for p in m.parameters() if p.data_ptr() not in shared)
+        return Weights(held, held - looked_up)
+
+    def perplexity(self) -> float | None:
+        windows = models.windows(self.name)
+        if windows is None:
+            return None
+        if not self.by_token:
+            return smollm2.perplexity(self.model, smollm2.load_tokenizer())
+        total = 0.0
+        with torch.inference_mode():
+            for window in windows:
+                cache = None
+                for token, target in zip(window[:-1], window[1:], strict=True):
+                    out = self.model(token.view(1, 1), past_key_values=cache, use_cache=True)
+                    cache = out.past_key_values
+                    total += float(nn.functional.cross_entropy(out.logits[0].float(), target.view(1)))
+        return math.exp(total / (windows.shape[0] * (windows.shape[1] - 1)))
+
+
+class Untouched(TransformersModel):
+    """The model as Hugging Face has it; a ``backend`` other than Inductor is a package that registers itself."""
+
+    def __init__(self, model: str, threads: int, dtype: str, backend: str | None = None) -> None:
+        if backend not in (None, "inductor"):
+            importlib.import_module(backend)
+            torch._inductor.config.freezing = True
+        super().__init__(model, threads, models.load(model, dtype), backend=backend)
+
+
+class Optimized(TransformersModel):
+    """The model after this package's ``optimize``."""
+
+    def __init__(self, model: str, threads: int, config: SparseLinearConfig, backend: str | None = None) -> None:
+        super().__init__(model, threads, models.load_optimized(model, config), backend=backend, by_token=True)
+
+
+class TorchAo(TransformersModel):
+    """Weight-only int8, or int4 in groups of 32 with the head in int8; the rest in bf16; compiled."""
+
+    def __init__(self, model: str, threads: int, kind: str) -> None:
+        from torchao.prototype.quantization.int4 import PrototypeInt4WeightOnlyConfig
+        from torchao.quantization import Int8WeightOnlyConfig, quantize_
+
+        module = models.load(model, "bf16")
+        # the recommended settings of Inductor are for GPUs; on a CPU they only tune for minutes
+        eight = Int8WeightOnlyConfig(set_inductor_config=False)
+        quantize_(module, eight, lambda m, name: isinstance(m, nn.Linear) and (kind == "int8" or name == "lm_head"))
+        if kind == "int4":
+            four = PrototypeInt4WeightOnlyConfig(group_size=32, set_inductor_config=False)
+            quantize_(module, four, lambda m, name: isinstance(m, nn.Linear) and name != "lm_head")
+        super().__init__(model, threads, module, backend="inductor")
