@@ -3,10 +3,12 @@
 #include <array>
 #include <bit>
 #include <cmath>
+#include <limits>
 #include <memory>
 
 #include <immintrin.h>
 
+#include "decode.h"
 #include "sparse_linear.h"
 #include "../common/region_avx2.h"
 
@@ -14,6 +16,7 @@ namespace tce::sparse_linear::avx2 {
 
 #include "sparse_linear.inl"
 #include "int4.inl"
+#include "decode.inl"
 
 // kSource[mask][i]: which of the packed elements belongs at place i; 0x80 (a zero for vpshufb) where the mask has no bit.
 static constexpr auto kSource = [] {

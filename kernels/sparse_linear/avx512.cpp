@@ -3,10 +3,12 @@
 #include <array>
 #include <bit>
 #include <cmath>
+#include <limits>
 #include <memory>
 
 #include <immintrin.h>
 
+#include "decode.h"
 #include "sparse_linear.h"
 #include "../common/region_avx512.h"
 
@@ -15,6 +17,7 @@ namespace tce::sparse_linear::avx512 {
 #include "sparse_linear.inl"
 #include "avx512.inl"
 #include "int4.inl"
+#include "decode.inl"
 
 // Sixteen 32-bit elements; the rest of the row of a shorter element type is made of them by narrowing.
 static __m512i expand_dwords(__mmask16 mask, __m512i packed, __m512i zero) { return _mm512_mask_expand_epi32(fresh(zero), mask, packed); }

@@ -3,14 +3,17 @@
 #include <array>
 #include <bit>
 #include <cmath>
+#include <limits>
 #include <memory>
 
+#include "decode.h"
 #include "sparse_linear.h"
 
 namespace tce::sparse_linear::scalar {
 
 #include "sparse_linear.inl"
 #include "int4.inl"
+#include "decode.inl"
 
 template <DType D>
 struct Plain {

@@ -25,6 +25,7 @@ class SparseLinearConfig(Config):
         head_dtype: `dtype` of the output embedding (``lm_head``), which a model's ``get_output_embeddings`` names; None: int8 where
             ``dtype`` is int4, which would cost accuracy there, else ``dtype``.
         activation_group: inputs that share a scale when layers quantise their activations, 32 or 64; 32 for int4 weights.
+        fuse: run the layers of a transformers model that are Llama-shaped in one op where a call has few tokens (decoding).
         keep_original: keep the dense weights, so that `restore` gives them back exactly whatever was rounded or pruned; costs their memory.
     Raises:
         ValueError: a value is not among those accepted.
@@ -38,6 +39,7 @@ class SparseLinearConfig(Config):
     symmetric: bool = False
     head_dtype: str | None = None
     activation_group: int = 32
+    fuse: bool = True
     keep_original: bool = False
 
     def __post_init__(self) -> None:

@@ -166,7 +166,7 @@ class SparseLinear(Replacement):
         }
 
     @classmethod
-    def from_spec(cls, values: dict[str, Any]) -> "SparseLinear":
+    def from_spec(cls, values: dict[str, Any], module: nn.Module) -> "SparseLinear":
         arguments = dict(values)
         weight_dtype = getattr(torch, arguments.pop("weight_dtype"))
         result = cls(**arguments, device="meta")

@@ -54,4 +54,9 @@ def swap_linear(
         except ValueError as error:
             raise ValueError(f"{name or '(model)'}: {error}") from error
 
-    return replace(model, chosen, make, "sparse_linear: packing")
+    model = replace(model, chosen, make, "sparse_linear: packing")
+    if config.fuse and any(type(module).__module__.startswith("transformers.models.") for module in model.modules()):
+        from ..integrations.decoder import fuse
+
+        model = fuse(model)
+    return model
