@@ -6,7 +6,6 @@ one token with a static cache; the prompt runs uncompiled. `peers` has the setti
 """
 
 import os
-import sys
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -20,7 +19,7 @@ import torch
 from torch_cpu_ext.core.progress import bar
 
 from common import Row, Seconds, main, row, seconds
-from peers import ALL, OURS, PEERS, Weights
+from peers import ALL, OURS, PEERS, Weights, skip
 from peers.models import LLAMA_1B, SMOLLM2
 from peers.workers import Worker, WorkerError
 
@@ -28,7 +27,7 @@ NEW = 32
 CONTEXTS = {SMOLLM2: (128, 1024), LLAMA_1B: (128,)}
 MEMORY = {SMOLLM2: 6 << 30, LLAMA_1B: 10 << 30}  # free bytes it takes to hold all processes, the largest while it packs
 NAMES = {
-    SMOLLM2: tuple(name for name in ALL if name != "llama.cpp Q4_0"),  # the package's own file is Q4_1
+    SMOLLM2: tuple(ALL),
     LLAMA_1B: (*(name for name in OURS if name in ("ours eager int4", "ours eager int8")), "llama.cpp Q4_1", "llama.cpp Q4_0"),
 }
 QUICK = (*(name for name in OURS if name != "ours compiled int8"), "HF eager fp32", "HF eager bf16", "llama.cpp Q4_1")
@@ -49,14 +48,14 @@ def measure(
 ) -> dict[str, Measured]:
     """The runners that are installed, in turns; what is not, or fails, is left out with a message."""
     if (free := psutil.virtual_memory().available) < MEMORY[model]:
-        _skip(model, f"needs {MEMORY[model] >> 30} GiB of free memory, there are {free / 2**30:.1f}")
+        skip(model, f"needs {MEMORY[model] >> 30} GiB of free memory, there are {free / 2**30:.1f}")
         return {}
     workers: dict[str, Worker] = {}
     found: dict[str, Measured] = {}
     with ExitStack() as stack:
         for name in bar(tuple(names), f"{model}: loading and warming up", "model"):
             if missing := ALL[name].missing():
-                _skip(name, missing)
+                skip(name, missing)
                 continue
             worker = stack.enter_context(Worker(ALL[name], model, threads))
             try:
@@ -68,7 +67,7 @@ def measure(
             except WorkerError as error:
                 found.pop(name, None)
                 worker.__exit__()
-                _skip(name, str(error))
+                skip(name, str(error))
         for context in contexts:
             runs: dict[str, list[Any]] = {name: [] for name in workers}
             for _ in bar(range(rounds), f"{model}: {context} tokens, in turns", "round"):
@@ -81,13 +80,11 @@ def measure(
     return found
 
 
-def _skip(name: str, why: str) -> None:
-    print(f"{name} left out: {why}", file=sys.stderr, flush=True)
-
-
 def rows(quick: bool) -> Iterator[Row]:
     if quick:
-        yield from compare(SMOLLM2, torch.get_num_threads(), measure(SMOLLM2, QUICK, torch.get_num_threads(), (128,), rounds=2, quality=False))
+        yield from compare(
+            SMOLLM2, torch.get_num_threads(), measure(SMOLLM2, QUICK, torch.get_num_threads(), (128,), rounds=2, quality=False)
+        )
         return
     for model, contexts in CONTEXTS.items():
         for threads in thread_counts():
@@ -132,7 +129,10 @@ def bars() -> dict[str, float | None]:
     mine, theirs = two.get(ours), two.get(rival)
     size = perplexity = None
     if mine and theirs:
-        assert mine.weights.read and theirs.weights.read and mine.perplexity and theirs.perplexity
+        assert mine.weights.read
+        assert theirs.weights.read
+        assert mine.perplexity
+        assert theirs.perplexity
         size, perplexity = mine.weights.read / theirs.weights.read, mine.perplexity - theirs.perplexity
     large_ratios = [_times(found, (ours,), ("llama.cpp Q4_1", "llama.cpp Q4_0"), 128) for found in large]
     return {

@@ -6,7 +6,9 @@ live in, and `products` the peers of one Linear layer.
 
 import importlib
 import importlib.util
+import sys
 from abc import ABC, abstractmethod
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -52,6 +54,17 @@ class Runner(ABC):
         return None
 
 
+def absent(packages: Iterable[str], install: str) -> str:
+    """Which packages cannot be imported, and how to get them; empty if all can."""
+    names = [name for name in packages if importlib.util.find_spec(name) is None]
+    return f"{' and '.join(names)} not installed ({install})" if names else ""
+
+
+def skip(name: str, why: str) -> None:
+    """Says that a peer is left out."""
+    print(f"{name} left out: {why}", file=sys.stderr, flush=True)
+
+
 @dataclass(frozen=True)
 class Peer:
     """Which `Runner`, with which options, and what must be installed for it."""
@@ -64,8 +77,7 @@ class Peer:
 
     def missing(self) -> str:
         """What is not installed and how to get it; empty if nothing is missing."""
-        absent = [name for name in self.packages if importlib.util.find_spec(name) is None]
-        return f"{' and '.join(absent)} not installed ({self.install})" if absent else ""
+        return absent(self.packages, self.install)
 
     def make(self, model: str, threads: int) -> Runner:
         """The runner, its model loaded."""

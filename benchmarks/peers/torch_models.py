@@ -2,6 +2,7 @@
 
 import functools
 import importlib
+import itertools
 import math
 from typing import Any
 
@@ -25,9 +26,7 @@ class TransformersModel(Runner):
         by_token: measure perplexity token by token, as decoding computes it, not a window at a time.
     """
 
-    def __init__(
-        self, model: str, threads: int, module: Any, *, backend: str | None = None, by_token: bool = False
-    ) -> None:
+    def __init__(self, model: str, threads: int, module: Any, *, backend: str | None = None, by_token: bool = False) -> None:
         torch.set_num_threads(threads)
         self.name, self.by_token = model, by_token
         self.model = module
@@ -80,7 +79,7 @@ class TransformersModel(Runner):
         with torch.inference_mode():
             for window in windows:
                 cache = None
-                for token, target in zip(window[:-1], window[1:], strict=True):
+                for token, target in itertools.pairwise(window):
                     out = self.model(token.view(1, 1), past_key_values=cache, use_cache=True)
                     cache = out.past_key_values
                     total += float(nn.functional.cross_entropy(out.logits[0].float(), target.view(1)))
@@ -108,14 +107,26 @@ class TorchAo(TransformersModel):
     """Weight-only int8, or int4 in groups of 32 with the head in int8; the rest in bf16; compiled."""
 
     def __init__(self, model: str, threads: int, kind: str) -> None:
-        from torchao.prototype.quantization.int4 import PrototypeInt4WeightOnlyConfig
-        from torchao.quantization import Int8WeightOnlyConfig, quantize_
+        from torchao.quantization import quantize_
 
         module = models.load(model, "bf16")
-        # the recommended settings of Inductor are for GPUs; on a CPU they only tune for minutes
-        eight = Int8WeightOnlyConfig(set_inductor_config=False)
-        quantize_(module, eight, lambda m, name: isinstance(m, nn.Linear) and (kind == "int8" or name == "lm_head"))
-        if kind == "int4":
-            four = PrototypeInt4WeightOnlyConfig(group_size=32, set_inductor_config=False)
-            quantize_(module, four, lambda m, name: isinstance(m, nn.Linear) and name != "lm_head")
+        for one in ("int8", "int4"):
+            quantize_(module, torchao_config(one), lambda m, name, one=one: isinstance(m, nn.Linear) and _kind(kind, name) == one)
         super().__init__(model, threads, module, backend="inductor")
+
+
+def _kind(kind: str, name: str) -> str:
+    return "int8" if name == "lm_head" else kind
+
+
+def torchao_config(kind: str) -> Any:
+    """What ``quantize_`` takes for ``"int8"`` or ``"int4"``; the latter's kernel for CPUs is under a provisional name.
+
+    The settings of Inductor that torchao recommends are for GPUs; on a CPU they only tune for minutes.
+    """
+    from torchao.prototype.quantization.int4 import PrototypeInt4WeightOnlyConfig
+    from torchao.quantization import Int8WeightOnlyConfig
+
+    if kind == "int8":
+        return Int8WeightOnlyConfig(set_inductor_config=False)
+    return PrototypeInt4WeightOnlyConfig(group_size=32, set_inductor_config=False)
