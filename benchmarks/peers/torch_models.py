@@ -4,6 +4,7 @@ import functools
 import importlib
 import itertools
 import math
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -53,7 +54,8 @@ class TransformersModel(Runner):
 
             if context not in self.caches:  # one of just the length needed, since attention reads all of it
                 self.caches[context] = StaticCache(config=self.model.config, max_cache_len=context + tokens + 1)
-            self.caches[context].reset()
+            with torch.inference_mode():  # as in `generate`, whose tensors it holds
+                self.caches[context].reset()
             options["past_key_values"] = self.caches[context]
         run = smollm2.generate(self.model, models.prompt(self.name, context), tokens + 1, **options)
         return Run(run.first_s, run.gaps_s)
@@ -62,12 +64,10 @@ class TransformersModel(Runner):
         return self.size
 
     def _weights(self) -> Weights:
-        held = smollm2.weight_bytes(self.model)
-        embeddings = [m for m in self.model.modules() if isinstance(m, nn.Embedding)]
-        others = [m for m in self.model.modules() if not isinstance(m, nn.Embedding)]
-        shared = {p.data_ptr() for m in others for p in m.parameters(recurse=False)}
-        looked_up = sum(p.numel() * p.element_size() for m in embeddings for p in m.parameters() if p.data_ptr() not in shared)
-        return Weights(held, held - looked_up)
+        modules = list(self.model.modules())
+        everything = _bytes(modules)
+        others = _bytes(m for m in modules if not isinstance(m, nn.Embedding))
+        return Weights(sum(everything.values()), sum(others.values()))
 
     def perplexity(self) -> float | None:
         windows = models.windows(self.name)
@@ -84,6 +84,19 @@ class TransformersModel(Runner):
                     cache = out.past_key_values
                     total += float(nn.functional.cross_entropy(out.logits[0].float(), target.view(1)))
         return math.exp(total / (windows.shape[0] * (windows.shape[1] - 1)))
+
+
+def _bytes(modules: Iterable[nn.Module]) -> dict[int, int]:
+    """Bytes of the modules' own parameters and buffers by address, so that what is shared counts once."""
+    found = {}
+    pending = [tensor for m in modules for tensor in (*m.parameters(recurse=False), *m.buffers(recurse=False))]
+    while pending:
+        tensor = pending.pop()
+        if hasattr(tensor, "__tensor_flatten__"):  # a subclass that wraps the tensors with the numbers, as torchao's do
+            pending += [getattr(tensor, name) for name in tensor.__tensor_flatten__()[0]]
+        elif tensor.numel():
+            found[tensor.data_ptr()] = tensor.nbytes
+    return found
 
 
 class Untouched(TransformersModel):

@@ -26,6 +26,8 @@ class Worker:
         return self
 
     def __exit__(self, *_: object) -> None:
+        self.pipe.close()  # which ends it, unless it is busy or a library hangs
+        self.process.join(10)
         self.process.kill()
         self.process.join()
 
