@@ -122,39 +122,30 @@ def _sizes(side: str, one: Measured) -> dict[str, Any]:
 def bars() -> dict[str, float | None]:
     """What bars.toml promises; None for what a peer that is not installed keeps from being measured."""
     ours, rival = next(iter(OURS)), "llama.cpp Q4_1"  # int4: one variant has to be fast, small and accurate at once
-    others = [*(name for name in OURS if name != ours), *(name for name in PEERS if name.startswith("HF"))]
+    hf = [name for name in PEERS if name.startswith("HF")]
     one = measure(SMOLLM2, (ours, rival), 1, CONTEXTS[SMOLLM2], quality=False)
-    two = measure(SMOLLM2, (ours, rival, *others), 2, CONTEXTS[SMOLLM2], quality=True)
-    large = [measure(LLAMA_1B, (ours, "llama.cpp Q4_1", "llama.cpp Q4_0"), threads, CONTEXTS[LLAMA_1B]) for threads in (1, 2)]
-    mine, theirs = two.get(ours), two.get(rival)
+    two = measure(SMOLLM2, (*OURS, rival, *hf), 2, CONTEXTS[SMOLLM2])
+    large = [measure(LLAMA_1B, (ours, rival), threads, CONTEXTS[LLAMA_1B]) for threads in (1, 2)]
     size = perplexity = None
-    if mine and theirs:
-        assert mine.weights.read
-        assert theirs.weights.read
-        assert mine.perplexity
-        assert theirs.perplexity
-        size, perplexity = mine.weights.read / theirs.weights.read, mine.perplexity - theirs.perplexity
-    large_ratios = [_times(found, (ours,), ("llama.cpp Q4_1", "llama.cpp Q4_0"), 128) for found in large]
+    if ours in two and rival in two:
+        mine, theirs = _sizes("ours", two[ours]), _sizes("peer", two[rival])
+        size, perplexity = mine["ours_bytes_read"] / theirs["peer_bytes_read"], mine["ours_perplexity"] - theirs["peer_perplexity"]
+    large_ratios = [ratio for found in large if (ratio := _times(found, (ours,), (rival,), 128))]
     return {
-        "SmolLM2-135M decode tokens/s, best of ours / best of Hugging Face": _times(two, (ours, *others), others, 128),
+        "SmolLM2-135M decode tokens/s, best of ours / best of Hugging Face": _times(two, OURS, hf, 128),
         "SmolLM2-135M int4 after 128 tokens, 1 thread, times llama.cpp Q4_1": _times(one, (ours,), (rival,), 128),
         "SmolLM2-135M int4 after 128 tokens, 2 threads, times llama.cpp Q4_1": _times(two, (ours,), (rival,), 128),
         "SmolLM2-135M int4 after 1024 tokens, 1 thread, times llama.cpp Q4_1": _times(one, (ours,), (rival,), 1024),
         "SmolLM2-135M int4 after 1024 tokens, 2 threads, times llama.cpp Q4_1": _times(two, (ours,), (rival,), 1024),
         "SmolLM2-135M int4, bytes that a token reads, times those of llama.cpp Q4_1": size,
         "SmolLM2-135M int4, perplexity less that of llama.cpp Q4_1": perplexity,
-        "1B shape int4, times the faster of llama.cpp Q4_1 and Q4_0, the worse of 1 and 2 threads": (
-            None if None in large_ratios else min(ratio for ratio in large_ratios if ratio)
-        ),
+        "1B shape int4 after 128 tokens, times llama.cpp Q4_1, the worse of 1 and 2 threads": min(large_ratios, default=None),
     }
 
 
 def _times(found: dict[str, Measured], ours: Iterable[str], peers: Iterable[str], context: int) -> float | None:
     """How many times faster the fastest of ours is than the fastest of the peers; None if one side is empty."""
-    mine, theirs = (
-        [found[name].step[context] for name in names if name in found and (name in OURS) == side]
-        for names, side in ((ours, True), (peers, False))
-    )
+    mine, theirs = ([found[name].step[context] for name in names if name in found] for names in (ours, peers))
     return min(theirs) / min(mine) if mine and theirs else None
 
 

@@ -113,7 +113,7 @@ class Optimized(TransformersModel):
     """The model after this package's ``optimize``."""
 
     def __init__(self, model: str, threads: int, config: SparseLinearConfig, backend: str | None = None) -> None:
-        super().__init__(model, threads, models.load_optimized(model, config), backend=backend, by_token=True)
+        super().__init__(model, threads, models.load_optimized(model, config), backend=backend, by_token=backend is None)
 
 
 class TorchAo(TransformersModel):
