@@ -66,6 +66,14 @@ class Arena {
     return reinterpret_cast<const float*>(data_ + at);
   }
 
+  // Asks for the headers and offsets of a layer's weights, which `linear` reads: they are cold when their turn comes.
+  void fetch(int64_t layer) const {
+    for (int part : {kQ, kK, kV, kO, kGate, kUp, kDown}) {
+      const int64_t at = this->at(layer, part);
+      for (int64_t line = 0; line < kFetch && at >= 0 && at + line * 64 < bytes_; ++line) __builtin_prefetch(data_ + at + line * 64);
+    }
+  }
+
   Linear linear(int64_t layer, int part, int bias, int64_t outputs, int64_t inputs) const {
     const int64_t at = this->at(layer, part);
     STD_TORCH_CHECK(at >= 0 && at <= bytes_ - static_cast<int64_t>(sizeof(Header)), kOp, ": plan must name offsets inside the arena, got ",
@@ -82,6 +90,7 @@ class Arena {
   }
 
  private:
+  static constexpr int64_t kFetch = 16;  // lines: the offsets of 120 panels, 1920 outputs
   const uint8_t* data_;
   int64_t bytes_;
   const int64_t* plan_;
@@ -104,7 +113,7 @@ class Products {
     float* out;
   };
 
-  void run(const float* x, std::initializer_list<Job> jobs) {
+  void run(Team& team, const float* x, std::initializer_list<Job> jobs) {
     Product products[kMost];
     const Variant* kernels[kMost];
     int64_t parts[kMost + 1] = {0}, work = 0, count = 0;
@@ -128,7 +137,7 @@ class Products {
       ++count;
     }
     std::atomic<bool> intact{true};
-    for_each_dynamic(parts[count], threads, [&](int64_t item) {
+    team.each(parts[count], [&](int64_t item) {
       int64_t job = 0;
       while (item >= parts[job + 1]) ++job;
       const Product& p = products[job];
@@ -147,9 +156,11 @@ class Products {
 
 class Decoder {
  public:
-  Decoder(const Shape& shape, const Arena& arena, const float* cos, const float* sin, const int64_t* positions, const int64_t* starts,
-          uint16_t* kv, int64_t length, float epsilon, float scale, Gate gate)
-      : s_(shape),
+  Decoder(Team& team, const Shape& shape, int64_t layers, const Arena& arena, const float* cos, const float* sin, const int64_t* positions,
+          const int64_t* starts, uint16_t* kv, int64_t length, float epsilon, float scale, Gate gate)
+      : team_(team),
+        s_(shape),
+        layers_(layers),
         arena_(arena),
         steps_(kSteps.get()),
         cos_(cos),
@@ -185,16 +196,17 @@ class Decoder {
     const Linear gate = arena_.linear(i, kGate, kGateBias, s_.inner, s_.hidden), up = arena_.linear(i, kUp, kUpBias, s_.inner, s_.hidden);
     const Linear down = arena_.linear(i, kDown, kDownBias, s_.hidden, s_.inner);
 
+    if (i + 1 < layers_) arena_.fetch(i + 1);
     norm(i, kInputNorm, hidden);
-    products_.run(normed_.data(), {{&q, q_.data()}, {&k, k_.data()}, {&v, v_.data()}});
+    products_.run(team_, normed_.data(), {{&q, q_.data()}, {&k, k_.data()}, {&v, v_.data()}});
     cache(i);
     attend(i);
-    products_.run(attended_.data(), {{&o, delta_.data()}});
+    products_.run(team_, attended_.data(), {{&o, delta_.data()}});
     steps_.add(hidden, delta_.data(), rows * s_.hidden);
     norm(i, kPostNorm, hidden);
-    products_.run(normed_.data(), {{&gate, gate_.data()}, {&up, up_.data()}});
+    products_.run(team_, normed_.data(), {{&gate, gate_.data()}, {&up, up_.data()}});
     steps_.multiply_gate(gate_.data(), up_.data(), gate_kind_, rows * s_.inner);
-    products_.run(gate_.data(), {{&down, delta_.data()}});
+    products_.run(team_, gate_.data(), {{&down, delta_.data()}});
     steps_.add(hidden, delta_.data(), rows * s_.hidden);
   }
 
@@ -205,7 +217,7 @@ class Decoder {
     std::copy(normed_.begin(), normed_.end(), hidden);
   }
 
-  void head(const Linear& head, const float* hidden, float* logits) { products_.run(hidden, {{&head, logits}}); }
+  void head(const Linear& head, const float* hidden, float* logits) { products_.run(team_, hidden, {{&head, logits}}); }
 
  private:
   void norm(int64_t layer, int part, const float* hidden) {
@@ -268,14 +280,19 @@ class Decoder {
     const int64_t dim = s_.dim, queries = s_.queries(), heads = s_.batch * s_.kv_heads, stride = heads * queries;
     const int64_t total = length_ + s_.tokens, begin = see(layer) / kSplit, splits = divide_up(total, kSplit) - begin;
     const int64_t work = heads * (total - begin * kSplit) * dim * 4;
-    for_each_dynamic(heads * splits, threads_for(work), [&](int64_t item) {
+    const auto run = [&](int64_t item) {
       const int64_t head = item / splits, split = item % splits, b = head / s_.kv_heads, at = split * stride + head * queries;
       const int64_t first = (begin + split) * kSplit;
       steps_.attend({query_.data() + head * queries * dim, block_of(layer, 0, b, head % s_.kv_heads),
                      block_of(layer, 1, b, head % s_.kv_heads), queries, dim, first, std::min(first + kSplit, total),
                      first_.data() + b * queries, last_.data() + b * queries, partial_.data() + at * dim, maximum_.data() + at,
                      sum_.data() + at});
-    });
+    };
+    if (threads_for(work) == 1) {
+      for (int64_t item = 0; item < heads * splits; ++item) run(item);
+    } else {
+      team_.each(heads * splits, run);
+    }
     const int64_t group = s_.heads / s_.kv_heads;
     for (int64_t i = 0; i < stride; ++i) {
       const int64_t head = i / queries, b = head / s_.kv_heads, t = i % queries / group;
@@ -285,7 +302,9 @@ class Decoder {
     }
   }
 
+  Team& team_;
   const Shape s_;
+  const int64_t layers_;
   const Arena& arena_;
   const Steps steps_;
   const float *cos_, *sin_;
@@ -350,25 +369,27 @@ Tensor decode(Tensor hidden, Tensor arena, Tensor plan, Tensor cos, Tensor sin, 
     for (int64_t b = 0; b < s.batch; ++b)
       STD_TORCH_CHECK(first[b] >= 0 && first[b] <= length, kOp, ": starts must be 0 to ", length, " (length), got ", first[b]);
   }
+  STD_TORCH_CHECK(vocabulary >= 0 && vocabulary <= int64_t{1} << 30, kOp, ": vocabulary must be the rows of the head or 0, got ",
+                  vocabulary);
   STD_TORCH_CHECK(activation == "silu" || activation == "gelu_tanh", kOp, ": activation must be silu or gelu_tanh, got ", activation);
 
   const Arena parts(arena, plan);
   hidden = torch::stable::contiguous(hidden);
   std::vector<float> state(s.rows() * s.hidden);
   for (size_t i = 0; i < state.size(); ++i) state[i] = load_float(hidden.const_data_ptr(), type, i);
-  Decoder decoder(s, parts, static_cast<const float*>(cos.const_data_ptr()), static_cast<const float*>(sin.const_data_ptr()), rows,
-                  starts ? static_cast<const int64_t*>(starts->const_data_ptr()) : nullptr, static_cast<uint16_t*>(kv.mutable_data_ptr()),
-                  length, static_cast<float>(epsilon), static_cast<float>(scale), activation == "silu" ? Gate::silu : Gate::gelu_tanh);
-  for (int64_t i = 0; i < layers; ++i) decoder.layer(i, state.data());
-  decoder.finish(layers, state.data());
-
   const bool head = vocabulary > 0;
   Tensor out = torch::stable::new_empty(hidden, {s.batch, s.tokens, head ? vocabulary : s.hidden});
-  if (head) {
-    std::vector<float> logits(s.rows() * vocabulary);
-    decoder.head(parts.linear(layers, 1, -1, vocabulary, s.hidden), state.data(), logits.data());
-    state.swap(logits);
-  }
+  std::vector<float> logits(s.rows() * vocabulary);
+  Team::run(torch::stable::get_num_threads(), [&](Team& team) {
+    Decoder decoder(team, s, layers, parts, static_cast<const float*>(cos.const_data_ptr()),
+                    static_cast<const float*>(sin.const_data_ptr()), rows,
+                    starts ? static_cast<const int64_t*>(starts->const_data_ptr()) : nullptr, static_cast<uint16_t*>(kv.mutable_data_ptr()),
+                    length, static_cast<float>(epsilon), static_cast<float>(scale), activation == "silu" ? Gate::silu : Gate::gelu_tanh);
+    for (int64_t i = 0; i < layers; ++i) decoder.layer(i, state.data());
+    decoder.finish(layers, state.data());
+    if (head) decoder.head(parts.linear(layers, 1, -1, vocabulary, s.hidden), state.data(), logits.data());
+  });
+  if (head) state.swap(logits);
   for (size_t i = 0; i < state.size(); ++i) store_float(out.mutable_data_ptr(), type, i, state[i]);
   return out;
 }
