@@ -73,8 +73,8 @@ def test_conversion_appears_whole_or_not_at_all(tmp_path):
 
     path = tmp_path / "models" / "one"
     with pytest.raises(KeyboardInterrupt):
-        smollm2._once(path, "making", fail)
+        smollm2.once(path, "making", fail)
     (path.parent / ".one-k1ll3d__").mkdir()  # what a kill leaves
-    assert smollm2._once(path, "making", lambda target: target.mkdir()) == path
+    assert smollm2.once(path, "making", lambda target: target.mkdir()) == path
     assert sorted(file.name for file in path.parent.iterdir()) == ["one", "one.lock"]
-    assert smollm2._once(path, "making", fail) == path
+    assert smollm2.once(path, "making", fail) == path
