@@ -10,19 +10,22 @@ from .core.errors import BuildError, CorruptFileError, FallbackWarning
 from .core.isa import isa
 from .core.jit import kernel_isa, load
 from .core.swap import optimize, report, restore
-from .sparse_linear import SparseLinear, SparseLinearConfig, swap_linear
+from .sparse_linear import PruneConfig, SparseLinear, SparseLinearConfig, calibration_from_text, prune, swap_linear
 
 __all__ = [
     "BuildError",
     "CorruptFileError",
     "FallbackWarning",
+    "PruneConfig",
     "SparseLinear",
     "SparseLinearConfig",
+    "calibration_from_text",
     "isa",
     "kernel_isa",
     "load",
     "load_checkpoint",
     "optimize",
+    "prune",
     "report",
     "restore",
     "save_checkpoint",

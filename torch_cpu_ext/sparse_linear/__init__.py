@@ -1,9 +1,29 @@
 """sparse_linear: pruned, low-precision Linear layers that read fewer bytes of weights (SparAMX, arXiv:2502.12444)."""
 
+from .calibration import calibration_from_text
 from .config import SparseLinearConfig
+from .grid import QuantizationGrid
 from .modules import SparseLinear
 from .ops import check, linear, pack, unpack
-from .pruning import magnitude_mask
+from .prune_config import PruneConfig
+from .pruner import PrunedLayer, PruneReport, prune
+from .pruning import magnitude_mask, wanda_mask
 from .swap import swap_linear
 
-__all__ = ["SparseLinear", "SparseLinearConfig", "check", "linear", "magnitude_mask", "pack", "swap_linear", "unpack"]
+__all__ = [
+    "PruneConfig",
+    "PruneReport",
+    "PrunedLayer",
+    "QuantizationGrid",
+    "SparseLinear",
+    "SparseLinearConfig",
+    "calibration_from_text",
+    "check",
+    "linear",
+    "magnitude_mask",
+    "pack",
+    "prune",
+    "swap_linear",
+    "unpack",
+    "wanda_mask",
+]
