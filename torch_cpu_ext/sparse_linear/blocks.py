@@ -52,22 +52,34 @@ class _Watch:
     span: list[int] = field(default_factory=list)  # when its calls began and ended
 
 
-def find_stacks(model: nn.Module, item: Item) -> list[list[str]]:
-    """Finds the repeated blocks of a model (a Llama's layers, an encoder's and a decoder's), by running it on one item.
+def repeated(model: nn.Module) -> dict[str, list[nn.Module]]:
+    """The lists of repeated blocks, by name, outer ones before those inside them.
 
-    A stack is an ``nn.ModuleList`` or ``nn.Sequential`` of two children or more, all of one class and with Linear layers inside, that pass
-    their output on to the next one.
+    That is every ``nn.ModuleList`` or ``nn.Sequential`` of two children or more, all of one class and with Linear layers inside.
+    """
+    result: dict[str, list[nn.Module]] = {}
+    for name, module in model.named_modules():
+        if isinstance(module, nn.ModuleList | nn.Sequential):
+            children = list(module)
+            different = len({id(child) for child in children}) == len(children)
+            if different and len(children) > 1 and len({type(child) for child in children}) == 1 and all(map(_holds_linear, children)):
+                result[name] = children
+    return result
+
+
+def _holds_linear(module: nn.Module) -> bool:
+    return any(isinstance(inner, nn.Linear) for inner in module.modules() if inner is not module)
+
+
+def find_stacks(model: nn.Module, item: Item) -> list[list[str]]:
+    """Finds the blocks that follow each other (a Llama's layers, an encoder's and a decoder's), by running the model on one item.
+
+    A stack is one of `repeated` whose blocks run once each, in order, and pass their output on to the next one.
 
     Returns:
         The names of the blocks of each stack, in the order in which they run; empty if there are none.
     """
-    watches: dict[str, _Watch] = {}
-    for name, module in model.named_modules():
-        if isinstance(module, nn.ModuleList | nn.Sequential):
-            children = list(module)
-            same = len(children) > 1 and len({type(child) for child in children}) == 1 and len({id(c) for c in children}) == len(children)
-            if same and all(any(isinstance(m, nn.Linear) for m in child.modules()) for child in children):
-                watches[name] = _Watch(children)
+    watches = {name: _Watch(children) for name, children in repeated(model).items()}
     clock = 0
 
     def watch(stack: _Watch, index: int) -> tuple[Callable[..., None], Callable[..., None]]:

@@ -82,7 +82,7 @@ class SparseLinear(Replacement):
         if config.dtype == "int8" and not bool(dense.isfinite().all()):
             raise ValueError("from_linear: linear.weight must be finite to be packed as int8, got NaN or an infinity")
         if config.sparsity is not None and not tied:
-            dense = dense * magnitude_mask(dense, config.sparsity, config.granularity)
+            dense = dense * magnitude_mask(dense, config.sparsity, config.granularity, config.pattern)
         result = cls(linear.in_features, linear.out_features, False, dtype=config.dtype, activation_group=config.activation_group)
         result.packed = ops.pack(dense, dtype=config.dtype, layout=config.layout)
         result.bias = linear.bias

@@ -26,7 +26,7 @@ def inverse_factor(hessian: Tensor, damping: float = 0.01) -> Tensor:
         ValueError: ``hessian`` is not finite.
     """
     if not bool(hessian.isfinite().all()):
-        raise ValueError("inverse_factor: hessian must be finite, got NaN or an infinity: some calibration input overflows")
+        raise ValueError("inverse_factor: hessian must be finite, got NaN or an infinity")
     mean = float(hessian.diagonal().double().mean()) if len(hessian) else 0.0
     while True:
         damped = hessian.double()

@@ -4,9 +4,8 @@ import re
 from dataclasses import dataclass, field
 
 from ..core.config import Config, require
-from .config import GRANULARITIES
 from .grid import GROUP_SIZES
-from .pruning import parse_pattern
+from .pruning import GRANULARITIES, PATTERNS, is_pattern, parse_pattern
 
 METHODS = ("magnitude", "wanda", "sparsegpt")
 
@@ -59,10 +58,8 @@ class PruneConfig(Config):
         require(self.quantize in (None, "int8", "int4"), self, "quantize", "None, int8 or int4")
         require(self.quantize_method in ("nearest", "gptq"), self, "quantize_method", "nearest or gptq")
         require(self.group_size in GROUP_SIZES, self, "group_size", f"one of {', '.join(map(str, GROUP_SIZES))}")
-        try:
-            groups = parse_pattern(self.pattern)
-        except ValueError as error:
-            raise ValueError(f"PruneConfig: {error}") from None
+        require(is_pattern(self.pattern), self, "pattern", PATTERNS)
+        groups = parse_pattern(self.pattern)
         for expression, sparsity in self.layer_sparsity.items():
             try:
                 re.compile(expression)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ..core.progress import bar
 from ..core.swap import Filter, Names, select, shared_parameters
-from .blocks import Item, Replay, calibrating, find_stacks
+from .blocks import Item, Replay, calibrating, find_stacks, repeated
 from .calibration import Gram
 from .grid import QuantizationGrid, nearest
 from .obs import inverse_factor, surgery
@@ -107,7 +107,7 @@ def prune(
     items = _items(calibration)
     if config.calibrates and not items:
         wanted = config.method if config.method != "magnitude" else "gptq"
-        raise ValueError(f"prune: calibration must hold at least one input for {wanted}, got {'None' if calibration is None else 'none'}")
+        raise ValueError(f"prune: calibration must hold at least one input for {wanted}, got none")
     report = PruneReport()
     layers = _candidates(model, config, filter_fn, include, exclude, report)
     with torch.inference_mode(False), calibrating(model):
@@ -115,11 +115,8 @@ def prune(
         replay = Replay(model, items, stacks)
         blocks = [name for names in stacks for name in names]
         stages: list[dict[str, nn.Linear]] = [{n: m for n, m in layers.items() if n == block or n.startswith(f"{block}.")} for block in blocks]
-        inside = {name for stage in stages for name in stage}
-        rest = {name: layer for name, layer in layers.items() if name not in inside}
-        if blocks and include is None:
-            report.kept |= dict.fromkeys(rest, "it is outside of the repeated blocks; include= names it to prune it")
-            rest = {}
+        done = {name for stage in stages for name in stage}
+        rest = {name: layer for name, layer in layers.items() if name not in done}
         store = None
         if resume is not None:
             others = {n: t for n, t in model.state_dict().items() if n.removesuffix(".weight") not in layers}
@@ -151,13 +148,17 @@ def _candidates(
     model: nn.Module, config: PruneConfig, filter_fn: Filter | None, include: Names | None, exclude: Names | None, report: PruneReport
 ) -> dict[str, nn.Linear]:
     """The layers to change, all checked; the others go to the report."""
+    found = select(model, nn.Linear, filter_fn, include, exclude, caller="prune")
+    lists = tuple(f"{name}." if name else "" for name in repeated(model))
     shared = shared_parameters(model)
     layers: dict[str, nn.Linear] = {}
-    for name, layer in select(model, nn.Linear, filter_fn, include, exclude, caller="prune").items():
+    for name, layer in found.items():
         assert isinstance(layer, nn.Linear)
         weight = layer.weight
         if id(weight) in shared:
             report.kept[name] = "its weight is shared with another module"
+        elif lists and include is None and not name.startswith(lists):
+            report.kept[name] = "it is outside of the repeated blocks; include= names it to prune it"
         elif hasattr(layer, "parametrizations"):
             report.kept[name] = "its weight is parametrized"
         elif weight.device.type != "cpu" or weight.dtype not in FLOATS.values():
@@ -202,10 +203,9 @@ def _do(
         with gram.watching(stage):
             replay.run(index, gram.next_item)
         for names, hessian in gram.take():
-            try:
-                factor = inverse_factor(hessian, config.damping) if _operates(config) else None
-            except ValueError as error:
-                raise ValueError(f"prune: {names[0] or '(model)'}: {error}") from error
+            if not bool(hessian.isfinite().all()):
+                raise ValueError(f"prune: {names[0] or '(model)'}: its inputs must be finite and their squares too, got NaN or an infinity")
+            factor = inverse_factor(hessian, config.damping) if _operates(config) else None
             for name in names:
                 change(name, hessian, factor)
         report.kept |= dict.fromkeys(stage.keys() - new.keys(), "the calibration data does not reach it")

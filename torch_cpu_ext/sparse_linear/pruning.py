@@ -5,9 +5,8 @@ import re
 import torch
 from torch import Tensor
 
-from .config import GRANULARITIES
-
-_PATTERN = re.compile(r"([1-9]\d*):([1-9]\d*)")
+GRANULARITIES = ("row", "layer")
+PATTERNS = "unstructured or n:m with n below m, such as 2:4"
 
 
 def parse_pattern(pattern: str) -> tuple[int, int] | None:
@@ -16,12 +15,18 @@ def parse_pattern(pattern: str) -> tuple[int, int] | None:
     Raises:
         ValueError: it is neither, or ``n`` is not below ``m``.
     """
+    if not is_pattern(pattern):
+        raise ValueError(f"pattern must be {PATTERNS}, got {pattern!r}")
     if pattern == "unstructured":
         return None
-    found = _PATTERN.fullmatch(pattern) if isinstance(pattern, str) else None
-    if found is None or int(found[1]) >= int(found[2]):
-        raise ValueError(f"pattern must be unstructured or n:m with n below m, such as 2:4, got {pattern!r}")
-    return int(found[1]), int(found[2])
+    n, m = pattern.split(":")
+    return int(n), int(m)
+
+
+def is_pattern(pattern: str) -> bool:
+    """Whether `parse_pattern` takes it."""
+    found = re.fullmatch(r"([1-9]\d*):([1-9]\d*)", pattern)
+    return pattern == "unstructured" or (found is not None and int(found[1]) < int(found[2]))
 
 
 def magnitude_mask(weight: Tensor, sparsity: float, granularity: str = "row", pattern: str = "unstructured") -> Tensor:

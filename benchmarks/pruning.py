@@ -1,0 +1,145 @@
+"""What pruning costs: perplexity against bytes of SmolLM2-135M, by method, sparsity and dtype.
+
+Each row prunes the model anew with `torch_cpu_ext.prune`, quantises in the same call, and measures perplexity on two texts of Debian
+packages: ``python3.11-doc`` (technical) and ``anarchism`` (prose), which ``apt-get download`` fetches once. Calibration windows come from
+both texts, none of them among those that are evaluated. Perplexity is that of the pruned and rounded weights, multiplied in float32, so
+the rounding of activations in int8 and int4 kernels is not in it. "nearest" and "gptq" say how weights are rounded; bf16 is nearest.
+
+Rows that `--save` wrote are kept and not measured again until the settings change: a run can be interrupted and goes on.
+"""
+
+import gzip
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+os.environ.update(HF_HUB_OFFLINE="1", TRANSFORMERS_VERBOSITY="error")
+
+import torch
+from torch import Tensor, nn
+
+from torch_cpu_ext import PruneConfig, prune
+from torch_cpu_ext.core import env
+from torch_cpu_ext.core.progress import step
+from torch_cpu_ext.integrations import smollm2
+from torch_cpu_ext.integrations.language import perplexity
+from torch_cpu_ext.sparse_linear import ops
+
+from common import Row, main
+
+PACKAGES = {"python docs": ("python3.11-doc", "**/_sources/**/*.rst.txt"), "prose": ("anarchism", "**/markdown/*.md.gz")}
+LENGTH, EVALUATED, CALIBRATED = 512, 8, 16  # tokens a window; windows of each text
+MARKDOWN = re.compile(r"\[([^\]]*)\]\([^)]*\)|[*_>#\\]")
+METHODS = ("magnitude", "wanda", "sparsegpt")
+SPARSITIES = (0.3, 0.5, 0.6, 0.7)
+DTYPES = ("bf16", "int8", "int4")
+
+
+def text(name: str) -> str:
+    """A text, downloaded once."""
+    package, files = PACKAGES[name]
+    path = env.cache_dir() / "texts" / f"{package}.txt"
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with step(f"downloading {package}"), tempfile.TemporaryDirectory() as folder:
+            try:
+                subprocess.run(["apt-get", "download", "-qq", package], cwd=folder, check=True)
+                subprocess.run(["dpkg-deb", "-x", str(next(Path(folder).glob("*.deb"))), folder], check=True)
+            except (OSError, subprocess.CalledProcessError) as error:
+                raise SystemExit(f"{package} cannot be downloaded ({error}): this benchmark takes its texts from Debian packages") from error
+            parts = [gzip.decompress(f.read_bytes()) if f.suffix == ".gz" else f.read_bytes() for f in sorted(Path(folder).glob(files))]
+        joined = "\n\n".join(part.decode(errors="replace") for part in parts)
+        temporary = path.with_suffix(f".{os.getpid()}")
+        temporary.write_text(re.sub(r"[ \t]*\n[ \t]*\n\s*", "\n\n", MARKDOWN.sub(r"\1", joined) if package == "anarchism" else joined))
+        temporary.replace(path)
+    return path.read_text()
+
+
+def windows(tokenizer: Any) -> tuple[list[Tensor], dict[str, list[Tensor]]]:
+    """Calibration windows of both texts in turn, and those to evaluate of each, spread evenly and apart."""
+    calibration: list[list[Tensor]] = []
+    evaluation = {}
+    for name in PACKAGES:
+        whole, count = text(name), EVALUATED + CALIBRATED
+        starts = [i * len(whole) // count for i in range(count)]
+        every = [torch.tensor(tokenizer(whole[start : start + 12 * LENGTH])["input_ids"][:LENGTH])[None] for start in starts]
+        assert all(one.shape[1] == LENGTH for one in every)
+        held = {i * count // EVALUATED for i in range(EVALUATED)}
+        evaluation[name] = [one for i, one in enumerate(every) if i in held]
+        calibration.append([one for i, one in enumerate(every) if i not in held])
+    return [one for pair in zip(*calibration, strict=True) for one in pair], evaluation
+
+
+def int4_bytes(weight: Tensor, sparse: bool, group_size: int) -> int:
+    """Of the packed format: two bytes of scale and two of minimum (one of zero if sparse) a group, half a byte a stored weight; in the sparse
+    layout one bit a weight, and every run of 16 outputs x 4 inputs is as long as its neighbour of the next 4."""
+    outputs, inputs = weight.shape
+    panels, groups = -(-outputs // 16), -(-inputs // group_size)
+    scales = panels * 16 * groups * (3 if sparse else 4)
+    padded = nn.functional.pad(weight != 0, (0, -inputs % 32, 0, -outputs % 16))
+    if not sparse:
+        return 64 + 8 * (panels + 1) + scales + padded.numel() // 2
+    runs = padded.view(panels, 16, -1, 2, 4).sum((1, 4)).amax(2)
+    return 64 + 8 * (panels + 1) + scales + padded.numel() // 8 + int(runs.sum())
+
+
+def packed_bytes(model: nn.Module, names: list[str], dtype: str, group_size: int) -> int:
+    """Bytes of the pruned layers once packed, in the smaller layout of each."""
+    weights = [model.get_submodule(name).weight.detach() for name in names]
+    if dtype == "int4":
+        return sum(min(int4_bytes(w, True, group_size), int4_bytes(w, False, group_size)) for w in weights)
+    return sum(ops.pack(w, dtype=dtype).numel() for w in weights)
+
+
+def cases(quick: bool) -> Iterator[tuple[str, float, str, str]]:
+    """(method, sparsity, dtype, rounding), the most telling ones first."""
+    if quick:
+        yield from [("none", 0.0, "bf16", "nearest"), ("magnitude", 0.5, "bf16", "nearest")]
+        return
+    yield from [("none", 0.0, "bf16", "nearest"), ("none", 0.0, "int8", "nearest"), ("none", 0.0, "int4", "nearest"), ("none", 0.0, "int4", "gptq")]
+    for sparsity in sorted(SPARSITIES, key=lambda s: abs(s - 0.5)):
+        for dtype in DTYPES:
+            for method in METHODS:
+                yield method, sparsity, dtype, "gptq" if dtype != "bf16" and method == "sparsegpt" else "nearest"
+
+
+def measure(method: str, sparsity: float, dtype: str, rounding: str, calibration: list[Tensor], evaluation: dict[str, list[Tensor]]) -> Row:
+    model = smollm2.load_model("fp32")
+    config = PruneConfig(
+        sparsity=sparsity, method="magnitude" if method == "none" else method, quantize=None if dtype == "bf16" else dtype, quantize_method=rounding
+    )
+    start = time.perf_counter()
+    report = prune(model, calibration if config.calibrates else None, config)
+    pruned_s = time.perf_counter() - start
+    names = [layer.name for layer in report.rows]
+    weights = [model.get_submodule(name).weight for name in names]
+    if dtype == "bf16":
+        with torch.no_grad():
+            for weight in weights:
+                weight.copy_(weight.bfloat16())
+    size = packed_bytes(model, names, dtype, config.group_size)
+    values = {name: round(perplexity(model, held), 3) for name, held in evaluation.items()}
+    zeros = 1 - sum(int(w.count_nonzero()) for w in weights) / sum(w.numel() for w in weights)
+    return {
+        "case": f"{method} {sparsity:.0%} {dtype}" + (" gptq" if rounding == "gptq" else ""),
+        "perplexity": values,
+        "megabytes": round(size / 1e6, 2),
+        "config": {
+            "model": "SmolLM2-135M",
+            "method": method,
+            "sparsity": sparsity,
+            "dtype": dtype,
+            "rounding": rounding,
+            "zeros": round(zeros, 4),
+            "prune_s": round(pruned_s, 1),
+            "calibration": f"{len(calibration)} x {LENGTH} tokens",
+            "evaluation": f"{EVALUATED} x {LENGTH} tokens of each text",
+        },
+    }
