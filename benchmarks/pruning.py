@@ -8,12 +8,12 @@ the rounding of activations in int8 and int4 kernels is not in it. "nearest" and
 Rows that `--save` wrote are kept and not measured again until the settings change: a run can be interrupted and goes on.
 """
 
+import argparse
 import gzip
 import json
 import os
 import re
 import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Iterator
@@ -32,11 +32,17 @@ from torch_cpu_ext.integrations import smollm2
 from torch_cpu_ext.integrations.language import perplexity
 from torch_cpu_ext.sparse_linear import ops
 
-from common import Row, main
+from common import FOLDER, Row, lines, machine
 
 PACKAGES = {"python docs": ("python3.11-doc", "**/_sources/**/*.rst.txt"), "prose": ("anarchism", "**/markdown/*.md.gz")}
 LENGTH, EVALUATED, CALIBRATED = 512, 8, 16  # tokens a window; windows of each text
 MARKDOWN = re.compile(r"\[([^\]]*)\]\([^)]*\)|[*_>#\\]")
+SETTINGS = {
+    "model": "SmolLM2-135M",
+    "calibration": f"{len(PACKAGES) * CALIBRATED} x {LENGTH} tokens",
+    "evaluation": f"{EVALUATED} x {LENGTH} tokens of each text",
+    "pruned_layers": "210 of 211, all but the tied lm_head",
+}
 METHODS = ("magnitude", "wanda", "sparsegpt")
 SPARSITIES = (0.3, 0.5, 0.6, 0.7)
 DTYPES = ("bf16", "int8", "int4")
@@ -53,7 +59,9 @@ def text(name: str) -> str:
                 subprocess.run(["apt-get", "download", "-qq", package], cwd=folder, check=True)
                 subprocess.run(["dpkg-deb", "-x", str(next(Path(folder).glob("*.deb"))), folder], check=True)
             except (OSError, subprocess.CalledProcessError) as error:
-                raise SystemExit(f"{package} cannot be downloaded ({error}): this benchmark takes its texts from Debian packages") from error
+                raise SystemExit(
+                    f"{package} cannot be downloaded ({error}): this benchmark takes its texts from Debian packages"
+                ) from error
             parts = [gzip.decompress(f.read_bytes()) if f.suffix == ".gz" else f.read_bytes() for f in sorted(Path(folder).glob(files))]
         joined = "\n\n".join(part.decode(errors="replace") for part in parts)
         temporary = path.with_suffix(f".{os.getpid()}")
@@ -78,8 +86,10 @@ def windows(tokenizer: Any) -> tuple[list[Tensor], dict[str, list[Tensor]]]:
 
 
 def int4_bytes(weight: Tensor, sparse: bool, group_size: int) -> int:
-    """Of the packed format: two bytes of scale and two of minimum (one of zero if sparse) a group, half a byte a stored weight; in the sparse
-    layout one bit a weight, and every run of 16 outputs x 4 inputs is as long as its neighbour of the next 4."""
+    """Of the packed format: a group has a scale of two bytes and a minimum of two, or a zero of one if sparse; a weight has half a byte.
+
+    In the sparse layout also one bit a weight, and runs of 16 outputs x 4 inputs come in pairs, each pair as long as its longer one.
+    """
     outputs, inputs = weight.shape
     panels, groups = -(-outputs // 16), -(-inputs // group_size)
     scales = panels * 16 * groups * (3 if sparse else 4)
@@ -103,7 +113,12 @@ def cases(quick: bool) -> Iterator[tuple[str, float, str, str]]:
     if quick:
         yield from [("none", 0.0, "bf16", "nearest"), ("magnitude", 0.5, "bf16", "nearest")]
         return
-    yield from [("none", 0.0, "bf16", "nearest"), ("none", 0.0, "int8", "nearest"), ("none", 0.0, "int4", "nearest"), ("none", 0.0, "int4", "gptq")]
+    yield from [
+        ("none", 0.0, "bf16", "nearest"),
+        ("none", 0.0, "int8", "nearest"),
+        ("none", 0.0, "int4", "nearest"),
+        ("none", 0.0, "int4", "gptq"),
+    ]
     for sparsity in sorted(SPARSITIES, key=lambda s: abs(s - 0.5)):
         for dtype in DTYPES:
             for method in METHODS:
@@ -111,35 +126,96 @@ def cases(quick: bool) -> Iterator[tuple[str, float, str, str]]:
 
 
 def measure(method: str, sparsity: float, dtype: str, rounding: str, calibration: list[Tensor], evaluation: dict[str, list[Tensor]]) -> Row:
+    """One row: prunes the model as it comes, and measures it."""
     model = smollm2.load_model("fp32")
     config = PruneConfig(
-        sparsity=sparsity, method="magnitude" if method == "none" else method, quantize=None if dtype == "bf16" else dtype, quantize_method=rounding
+        sparsity=sparsity,
+        method="magnitude" if method == "none" else method,
+        quantize=None if dtype == "bf16" else dtype,
+        quantize_method=rounding,
     )
     start = time.perf_counter()
     report = prune(model, calibration if config.calibrates else None, config)
-    pruned_s = time.perf_counter() - start
+    prune_s = time.perf_counter() - start
     names = [layer.name for layer in report.rows]
     weights = [model.get_submodule(name).weight for name in names]
     if dtype == "bf16":
         with torch.no_grad():
             for weight in weights:
                 weight.copy_(weight.bfloat16())
-    size = packed_bytes(model, names, dtype, config.group_size)
     values = {name: round(perplexity(model, held), 3) for name, held in evaluation.items()}
-    zeros = 1 - sum(int(w.count_nonzero()) for w in weights) / sum(w.numel() for w in weights)
+    zeros = 1 - sum(int(weight.count_nonzero()) for weight in weights) / sum(weight.numel() for weight in weights)
     return {
-        "case": f"{method} {sparsity:.0%} {dtype}" + (" gptq" if rounding == "gptq" else ""),
-        "perplexity": values,
-        "megabytes": round(size / 1e6, 2),
+        "case": case(method, sparsity, dtype, rounding),
+        **values,
+        "megabytes": round(packed_bytes(model, names, dtype, config.group_size) / 1e6, 2),
         "config": {
-            "model": "SmolLM2-135M",
-            "method": method,
+            "method": f"{method}, gptq" if method == "none" and rounding == "gptq" else method,
             "sparsity": sparsity,
             "dtype": dtype,
             "rounding": rounding,
+            "point": f"{sparsity:.0%} {dtype}",
             "zeros": round(zeros, 4),
-            "prune_s": round(pruned_s, 1),
-            "calibration": f"{len(calibration)} x {LENGTH} tokens",
-            "evaluation": f"{EVALUATED} x {LENGTH} tokens of each text",
+            "prune_s": round(prune_s, 1),
+            **SETTINGS,
         },
     }
+
+
+def case(method: str, sparsity: float, dtype: str, rounding: str) -> str:
+    return f"{method} {sparsity:.0%} {dtype} {rounding}"
+
+
+def rows(quick: bool, kept: dict[str, Row]) -> Iterator[Row]:
+    """All rows; those of ``kept``, by case, as they are."""
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    calibration, evaluation = windows(smollm2.load_tokenizer())
+    for settings in cases(quick):
+        yield kept.get(case(*settings)) or measure(*settings, calibration, evaluation)
+
+
+def main() -> None:
+    """As the other benchmarks' command line, but rows are saved one by one and have perplexities in place of times."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--json", action="store_true", help="print one JSON list of rows")
+    parser.add_argument("--quick", action="store_true", help="two rows")
+    parser.add_argument("--save", action="store_true", help="keep each row in benchmarks/results, and go on from there")
+    parser.add_argument("--threads", type=int, default=None, help="threads of PyTorch (default: its own choice)")
+    arguments = parser.parse_args()
+    if arguments.threads:
+        torch.set_num_threads(arguments.threads)
+    about = machine()
+    path = FOLDER / "results" / f"pruning-{re.sub('[^a-z0-9]+', '-', about['cpu'].lower()).strip('-')}.json"
+    old = json.loads(path.read_text()) if arguments.save and path.exists() else []
+    kept = {row["case"]: row for row in old if SETTINGS.items() <= row["config"].items()}
+    order = [case(*settings) for settings in cases(quick=False)]
+    results: list[Row] = []
+    for row in rows(arguments.quick, kept):
+        row["config"] = row["config"] if row["case"] in kept else row["config"] | about
+        results.append(row)
+        if arguments.save:
+            kept[row["case"]] = row
+            temporary = path.with_suffix(".tmp")
+            temporary.write_text(lines(sorted(kept.values(), key=lambda one: order.index(one["case"]))) + "\n")
+            temporary.replace(path)
+    print(lines(results)) if arguments.json else print_table(results)
+
+
+def print_table(results: list[Row]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table("method", "sparsity", "dtype", "rounding", title="SmolLM2-135M: perplexity against bytes", title_justify="left")
+    for column in ("MB", *PACKAGES):
+        table.add_column(column, justify="right")
+    for row in results:
+        config = row["config"]
+        settings = config["method"], f"{config['sparsity']:.0%}", config["dtype"], config["rounding"]
+        table.add_row(*settings, *(f"{row[column]:.2f}" for column in ("megabytes", *PACKAGES)))
+    Console().print(table)
+
+
+if __name__ == "__main__":
+    main()

@@ -6,15 +6,16 @@ import pytest
 import torch
 
 pytest.importorskip("typer")
-transformers = pytest.importorskip("transformers")
-tokenizers = pytest.importorskip("tokenizers")
+pytest.importorskip("transformers")
+import tokenizers
+import transformers
 from typer.testing import CliRunner
 
 import torch_cpu_ext as tce
 from torch_cpu_ext.cli.app import app
 from torch_cpu_ext.integrations.language import perplexity
 
-WORDS = "the a cat dog sees hears small large and runs sleeps eats under over house tree".split()
+WORDS = ["the", "a", "cat", "dog", "sees", "hears", "small", "large", "and", "runs", "sleeps", "eats", "under", "over", "house", "tree"]
 
 
 @pytest.fixture(scope="module")

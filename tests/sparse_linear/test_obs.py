@@ -166,7 +166,9 @@ def test_gptq_has_less_error_than_rounding(layer, quantize, sparsity):
 @pytest.mark.parametrize("pattern", ["unstructured", "2:4"])
 @pytest.mark.parametrize("method", ["magnitude", "wanda", "sparsegpt"])
 @pytest.mark.parametrize("quantize_method", ["nearest", "gptq"])
-@pytest.mark.parametrize(("quantize", "group_size", "symmetric"), [("int8", 32, False), ("int4", 32, False), ("int4", 128, False), ("int4", 64, True)])
+@pytest.mark.parametrize(
+    ("quantize", "group_size", "symmetric"), [("int8", 32, False), ("int4", 32, False), ("int4", 128, False), ("int4", 64, True)]
+)
 @pytest.mark.parametrize("kind", [torch.float32, torch.bfloat16])
 def test_results_lie_on_their_grid(layer, pattern, method, quantize_method, quantize, group_size, symmetric, kind):
     """With a mask zero is a value of the grid; the codes survive the rounding of weights to bf16."""

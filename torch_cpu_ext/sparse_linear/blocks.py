@@ -2,7 +2,7 @@
 
 import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -157,10 +157,8 @@ class Replay:
             with ExitStack() as patches:
                 for number, (block, stack) in enumerate(self.blocks[: index + 1]):
                     patches.enter_context(_patched(block, self._stand_in(block, number, index, stack, outputs)))
-                try:
+                with suppress(_Stop):
                     call(self.model, item)
-                except _Stop:
-                    pass
             after_item()
         self.known = index - 1
 

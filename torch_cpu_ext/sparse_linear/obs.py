@@ -77,7 +77,7 @@ def surgery(
     Returns:
         The new weight in float32, and its grid if it was quantised.
     """
-    outputs, inputs = weight.shape
+    inputs = weight.shape[1]
     columns = weight.detach().float().T.contiguous()  # (in_features, out_features): all steps work on whole columns
     groups_of = None if mask is not None else parse_pattern(pattern)
     steps: Steps | None = int8_steps(weight.detach().float()) if quantize == "int8" else None

@@ -20,8 +20,8 @@ class PruneConfig(Config):
             hence the default. ``"wanda"``: Wanda (arXiv:2306.11695), magnitudes times the norms of the inputs; the weights that stay are
             not changed. ``"magnitude"``: magnitudes only; needs no calibration data.
         pattern: ``"unstructured"``, or ``"n:m"``, such as ``"2:4"``: of every m consecutive inputs of an output, n stay.
-        granularity: where weights are compared: ``"row"`` prunes the same share of every output, ``"layer"`` of the whole weight (SparseGPT:
-            of each block of columns).
+        granularity: where weights are compared: ``"row"`` prunes the same share of every output, ``"layer"`` of the whole weight
+            (SparseGPT: of each block of columns).
         layer_sparsity: ``{regular expression: sparsity}``; the first that is found in a layer's dotted name counts in place of
             ``sparsity``. With ``n:m``, only 0 and 1 - n/m.
         damping: share of the mean of the Hessian's diagonal that is added to it before it is inverted (SparseGPT, GPTQ).
@@ -68,7 +68,9 @@ class PruneConfig(Config):
             require(0 <= sparsity < 1, self, "layer_sparsity", "a dictionary of shares in [0, 1)")
         if groups is not None:
             share = 1 - groups[0] / groups[1]
-            require(abs(self.sparsity - share) < 1e-6 or self.sparsity == 0, self, "sparsity", f"{share:g} or 0 for the pattern {self.pattern}")
+            require(
+                abs(self.sparsity - share) < 1e-6 or self.sparsity == 0, self, "sparsity", f"{share:g} or 0 for the pattern {self.pattern}"
+            )
             fits = all(s == 0 or abs(s - share) < 1e-6 for s in self.layer_sparsity.values())
             require(fits, self, "layer_sparsity", f"a dictionary of 0 and {share:g} for the pattern {self.pattern}")
             require(self.block_size % groups[1] == 0, self, "block_size", f"a multiple of {groups[1]} for the pattern {self.pattern}")

@@ -2,7 +2,7 @@
 
 import logging
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -59,7 +59,10 @@ class PruneReport:
         return {"rows": [vars(row) for row in self.rows], "kept": self.kept}
 
     def __str__(self) -> str:
-        cells = [("layer", "method", "sparsity", "error"), *((r.name or "(model)", r.method, f"{r.sparsity:.3f}", f"{r.error:.5f}") for r in self.rows)]
+        cells = [
+            ("layer", "method", "sparsity", "error"),
+            *((r.name or "(model)", r.method, f"{r.sparsity:.3f}", f"{r.error:.5f}") for r in self.rows),
+        ]
         widths = [max(len(row[i]) for row in cells) for i in range(4)]
         lines = ["  ".join(text.ljust(width) for text, width in zip(row, widths, strict=True)).rstrip() for row in cells]
         return "\n".join(lines + [f"left as it was: {name or '(model)'}: {reason}" for name, reason in self.kept.items()])
@@ -82,8 +85,8 @@ def prune(
     happened to earlier ones, and beyond the model itself only the Hessians of one block and one output for each item are in memory. A model
     without repeated blocks is done as one.
 
-    Layers outside the blocks (``lm_head``, classifiers) are changed only if ``include`` names them, those whose weight another module shares
-    never. Quantised layers get an attribute ``quantization_grid`` (`QuantizationGrid`) with the scales.
+    Layers outside the blocks (``lm_head``, classifiers) are changed only if ``include`` names them, those whose weight another module
+    shares never. Quantised layers get an attribute ``quantization_grid`` (`QuantizationGrid`) with the scales.
 
     Args:
         model: any module; subclasses of ``nn.Linear`` are left alone. Its blocks must use nothing but the output of the block before, and
@@ -114,13 +117,18 @@ def prune(
         stacks = find_stacks(model, items[0]) if items else []
         replay = Replay(model, items, stacks)
         blocks = [name for names in stacks for name in names]
-        stages: list[dict[str, nn.Linear]] = [{n: m for n, m in layers.items() if n == block or n.startswith(f"{block}.")} for block in blocks]
+        stages: list[dict[str, nn.Linear]] = [
+            {n: m for n, m in layers.items() if n == block or n.startswith(f"{block}.")} for block in blocks
+        ]
         done = {name for stage in stages for name in stage}
         rest = {name: layer for name, layer in layers.items() if name not in done}
         store = None
         if resume is not None:
             others = {n: t for n, t in model.state_dict().items() if n.removesuffix(".weight") not in layers}
-            store = Resume(resume, [config.to_dict(), items, {name: list(stage) for name, stage in zip(blocks, stages, strict=True)}, list(rest), others])
+            store = Resume(
+                resume,
+                [config.to_dict(), items, {name: list(stage) for name, stage in zip(blocks, stages, strict=True)}, list(rest), others],
+            )
         for index, stage in enumerate(bar([*stages, rest], f"pruning, {config.method}", "block")):
             if not stage:
                 continue

@@ -50,9 +50,7 @@ def magnitude_mask(weight: Tensor, sparsity: float, granularity: str = "row", pa
     return largest(weight.detach().abs(), sparsity, granularity, pattern)
 
 
-def wanda_mask(
-    weight: Tensor, input_norm: Tensor, sparsity: float, granularity: str = "row", pattern: str = "unstructured"
-) -> Tensor:
+def wanda_mask(weight: Tensor, input_norm: Tensor, sparsity: float, granularity: str = "row", pattern: str = "unstructured") -> Tensor:
     """Marks the weights whose magnitude times the norm of their input is largest (Wanda, arXiv:2306.11695, section 3).
 
     Args:
