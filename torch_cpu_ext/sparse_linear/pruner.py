@@ -120,8 +120,8 @@ def prune(
         stages: list[dict[str, nn.Linear]] = [
             {n: m for n, m in layers.items() if n == block or n.startswith(f"{block}.")} for block in blocks
         ]
-        done = {name for stage in stages for name in stage}
-        rest = {name: layer for name, layer in layers.items() if name not in done}
+        inside = {name for stage in stages for name in stage}
+        rest = {name: layer for name, layer in layers.items() if name not in inside}
         store = None
         if resume is not None:
             others = {n: t for n, t in model.state_dict().items() if n.removesuffix(".weight") not in layers}
@@ -134,8 +134,10 @@ def prune(
                 continue
             rows = store.load(index, stage) if store else None
             if rows is None:
-                rows = _do(stage, config, report, replay, index, store)
+                rows = _do(stage, config, replay, index, store)
             report.rows += [PrunedLayer(**row) for row in rows]
+            done = {row["name"] for row in rows}
+            report.kept |= {name: "the calibration data does not reach it" for name in stage if name not in done}
     order = {name: i for i, name in enumerate(layers)}
     report.rows.sort(key=lambda row: order[row.name])
     _log.info("%s: %d layers changed, %d left as they were", config.method, len(report.rows), len(report.kept))
@@ -184,9 +186,7 @@ def _candidates(
     return layers
 
 
-def _do(
-    stage: dict[str, nn.Linear], config: PruneConfig, report: PruneReport, replay: Replay, index: int, store: Resume | None
-) -> list[dict[str, Any]]:
+def _do(stage: dict[str, nn.Linear], config: PruneConfig, replay: Replay, index: int, store: Resume | None) -> list[dict[str, Any]]:
     """Prunes the layers of a block, all or none of them."""
     new: dict[str, tuple[Tensor, QuantizationGrid | None]] = {}
     rows: list[dict[str, Any]] = []
@@ -216,7 +216,6 @@ def _do(
             factor = inverse_factor(hessian, config.damping) if _operates(config) else None
             for name in names:
                 change(name, hessian, factor)
-        report.kept |= dict.fromkeys(stage.keys() - new.keys(), "the calibration data does not reach it")
     else:
         for name in stage:
             change(name, None, None)
@@ -251,11 +250,12 @@ def prune_weight(
     """
     dense = weight.detach().float()
     options: dict[str, Any] = {"block_size": config.block_size}
+    rounding: dict[str, Any] = {}
     if config.quantize is not None:
         zero_point = sparsity > 0 or float((dense == 0).float().mean()) >= _SPARSE
         rounding = {"group_size": config.group_size, "symmetric": config.symmetric, "zero_point": zero_point}
     joint = config.quantize is not None and config.quantize_method == "gptq"
-    mask = dense != 0  # zeros that are there stay
+    mask: Tensor | None = dense != 0  # zeros that are there stay
     if sparsity and config.method == "sparsegpt":
         options |= {"sparsity": sparsity, "pattern": config.pattern, "granularity": config.granularity}
         mask = None
@@ -268,7 +268,9 @@ def prune_weight(
         assert factor is not None
         if mask is not None:
             options["mask"], dense = mask, dense * mask
-        result, grid = surgery(dense, factor, **options, **({"quantize": config.quantize, **rounding} if joint else {}))
+        if joint:
+            options |= {"quantize": config.quantize, **rounding}
+        result, grid = surgery(dense, factor, **options)
     else:
         result, grid = dense * mask, None
     if config.quantize is not None and not joint:

@@ -61,6 +61,9 @@ class Resume:
     def load(self, index: int, layers: Mapping[str, nn.Linear]) -> list[dict[str, Any]] | None:
         """Puts the weights of a finished block in place.
 
+        Args:
+            index: number of the block.
+            layers: its layers, by name.
         Returns:
             The rows that `save` was given, or None if the block was not finished.
         Raises:
@@ -79,17 +82,17 @@ class Resume:
             settings, before, rows, grids = (metadata[key] for key in ("settings", "before", "rows", "grids"))
         except (SafetensorError, KeyError, TypeError, ValueError) as error:
             raise CorruptFileError(f"{path} is damaged: {error!r}; delete it") from error
-        same = settings == self.settings and before.keys() == layers.keys()
-        for name, layer in layers.items():
+        same = settings == self.settings and before.keys() <= layers.keys()
+        for name in before if same else ():
             # a run interrupted in this process may have put the new weights in place already
-            same = same and fingerprint(layer.weight) in (before[name], fingerprint(tensors.get(f"{name}.weight")))
+            same = same and fingerprint(layers[name].weight) in (before[name], fingerprint(tensors.get(f"{name}.weight")))
         if not same:
             raise ValueError(
                 f"prune: resume must be a folder of the same model, calibration data, config and version, but {path} is of others; "
                 "delete it, or give another folder"
             )
         new = {}
-        for name in layers:
+        for name in before:
             grid = None
             if name in grids:
                 grid = QuantizationGrid(*grids[name], tensors[f"{name}.scale"], tensors.get(f"{name}.minimum"))
@@ -132,6 +135,6 @@ def put_weights(layers: Mapping[str, nn.Linear], new: Mapping[str, tuple[Tensor,
         for name, (weight, grid) in new.items():
             layers[name].weight.copy_(weight)
             if grid is not None:
-                layers[name].quantization_grid = grid
+                layers[name].__dict__["quantization_grid"] = grid  # a plain attribute: in no state_dict
             elif hasattr(layers[name], "quantization_grid"):
                 del layers[name].quantization_grid
