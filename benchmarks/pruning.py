@@ -25,12 +25,11 @@ os.environ.update(HF_HUB_OFFLINE="1", TRANSFORMERS_VERBOSITY="error")
 import torch
 from torch import Tensor, nn
 
-from torch_cpu_ext import PruneConfig, prune
+from torch_cpu_ext import PruneConfig, SparseLinear, SparseLinearConfig, prune
 from torch_cpu_ext.core import env
 from torch_cpu_ext.core.progress import step
 from torch_cpu_ext.integrations import smollm2
 from torch_cpu_ext.integrations.language import perplexity
-from torch_cpu_ext.sparse_linear import ops
 
 from common import FOLDER, Row, lines, machine
 
@@ -85,27 +84,10 @@ def windows(tokenizer: Any) -> tuple[list[Tensor], dict[str, list[Tensor]]]:
     return [one for pair in zip(*calibration, strict=True) for one in pair], evaluation
 
 
-def int4_bytes(weight: Tensor, sparse: bool, group_size: int) -> int:
-    """Of the packed format: a group has a scale of two bytes and a minimum of two, or a zero of one if sparse; a weight has half a byte.
-
-    In the sparse layout also one bit a weight, and runs of 16 outputs x 4 inputs come in pairs, each pair as long as its longer one.
-    """
-    outputs, inputs = weight.shape
-    panels, groups = -(-outputs // 16), -(-inputs // group_size)
-    scales = panels * 16 * groups * (3 if sparse else 4)
-    padded = nn.functional.pad(weight != 0, (0, -inputs % 32, 0, -outputs % 16))
-    if not sparse:
-        return 64 + 8 * (panels + 1) + scales + padded.numel() // 2
-    runs = padded.view(panels, 16, -1, 2, 4).sum((1, 4)).amax(2)
-    return 64 + 8 * (panels + 1) + scales + padded.numel() // 8 + int(runs.sum())
-
-
-def packed_bytes(model: nn.Module, names: list[str], dtype: str, group_size: int) -> int:
+def packed_bytes(layers: list[nn.Module], dtype: str) -> int:
     """Bytes of the pruned layers once packed, in the smaller layout of each."""
-    weights = [model.get_submodule(name).weight.detach() for name in names]
-    if dtype == "int4":
-        return sum(min(int4_bytes(w, True, group_size), int4_bytes(w, False, group_size)) for w in weights)
-    return sum(ops.pack(w, dtype=dtype).numel() for w in weights)
+    config = SparseLinearConfig(dtype=dtype)
+    return sum(SparseLinear.from_linear(layer, config).packed.numel() for layer in layers if isinstance(layer, nn.Linear))
 
 
 def cases(quick: bool) -> Iterator[tuple[str, float, str, str]]:
@@ -137,8 +119,8 @@ def measure(method: str, sparsity: float, dtype: str, rounding: str, calibration
     start = time.perf_counter()
     report = prune(model, calibration if config.calibrates else None, config)
     prune_s = time.perf_counter() - start
-    names = [layer.name for layer in report.rows]
-    weights = [model.get_submodule(name).weight for name in names]
+    layers = [model.get_submodule(layer.name) for layer in report.rows]
+    weights = [layer.weight for layer in layers]
     if dtype == "bf16":
         with torch.no_grad():
             for weight in weights:
@@ -148,7 +130,7 @@ def measure(method: str, sparsity: float, dtype: str, rounding: str, calibration
     return {
         "case": case(method, sparsity, dtype, rounding),
         **values,
-        "megabytes": round(packed_bytes(model, names, dtype, config.group_size) / 1e6, 2),
+        "megabytes": round(packed_bytes(layers, dtype) / 1e6, 2),
         "config": {
             "method": f"{method}, gptq" if method == "none" and rounding == "gptq" else method,
             "sparsity": sparsity,

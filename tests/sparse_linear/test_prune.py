@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 import torch_cpu_ext as tce
-from torch_cpu_ext.sparse_linear import blocks, obs, pruner
+from torch_cpu_ext.sparse_linear import blocks, obs, pruner, unpack
 
 VOCABULARY = 64
 
@@ -310,13 +310,44 @@ def test_grids_stay_on_the_layers(items, kind, quantize):
     assert not hasattr(model.blocks[0].up, "quantization_grid")
 
 
-def test_int8_survives_packing(items):
-    """The packer finds the same codes as long as the largest of a row has code 127, which rounding to nearest guarantees."""
+@pytest.mark.parametrize("kind", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("sparsity", [0.0, 0.5])
+@pytest.mark.parametrize("quantize_method", ["nearest", "gptq"])
+@pytest.mark.parametrize(
+    ("quantize", "group_size", "symmetric"), [("int8", 32, False), ("int4", 32, False), ("int4", 64, False), ("int4", 128, True)]
+)
+def test_packing_loses_nothing_more(items, kind, sparsity, quantize_method, quantize, group_size, symmetric):
+    """The packed weights are the values of the grid, whatever the config says of groups."""
+    model = Stacked().to(kind)
+    config = tce.PruneConfig(
+        sparsity=sparsity, quantize=quantize, quantize_method=quantize_method, group_size=group_size, symmetric=symmetric
+    )
+    tce.prune(model, items, config)
+    expected = {
+        f"blocks.{i}.{name}": getattr(block, name).quantization_grid.round(getattr(block, name).weight)
+        for i, block in enumerate(model.blocks)
+        for name in ("up", "down")
+    }
+    tce.optimize(model, tce.SparseLinearConfig(dtype=quantize))
+    for name, weight in expected.items():
+        layer = model.get_submodule(name)
+        assert layer.layout == ("sparse" if sparsity else "dense")
+        torch.testing.assert_close(unpack(layer.packed, *weight.shape), weight, rtol=1e-6, atol=0)
+        assert layer.weight.equal(weight.to(kind))
+
+
+def test_a_grid_of_other_weights_is_not_used(items):
     model = Stacked()
-    tce.prune(model, items, tce.PruneConfig(method="magnitude", quantize="int8", quantize_method="nearest"))
-    expected = model.blocks[0].up.weight.detach().clone()
-    tce.optimize(model, tce.SparseLinearConfig(dtype="int8"))
-    torch.testing.assert_close(model.blocks[0].up.weight, expected, rtol=1e-5, atol=0)
+    tce.prune(model, items, tce.PruneConfig(quantize="int4"))
+    with torch.no_grad():
+        model.blocks[0].up.weight.mul_(1.01)
+    for layer in (model.blocks[0].up, model.blocks[0].down):
+        again = nn.Linear(layer.in_features, layer.out_features)
+        again.weight = layer.weight
+        packed, plain = (tce.SparseLinear.from_linear(one, tce.SparseLinearConfig(dtype="int4")).packed for one in (layer, again))
+        assert packed.equal(plain) == (layer is model.blocks[0].up)
+    # a config that prunes has no use for it either
+    tce.SparseLinear.from_linear(model.blocks[1].up, tce.SparseLinearConfig(dtype="int4", sparsity=0.7))
 
 
 @pytest.mark.parametrize("training", [True, False])

@@ -1,5 +1,6 @@
 """sparse_linear: pruned, low-precision Linear layers that read fewer bytes of weights (SparAMX, arXiv:2502.12444)."""
 
+from . import decode as _decode  # noqa: F401  (registers its op)
 from .calibration import calibration_from_text
 from .config import SparseLinearConfig
 from .grid import QuantizationGrid

@@ -88,11 +88,11 @@ class Gram:
             together.setdefault(tuple(mine), []).append(name)
         left = list(together.items())
         while left:
-            mine, names = left.pop(0)
-            total = self._sums[mine[0]]
-            for key in mine[1:]:
+            shared, names = left.pop(0)
+            total = self._sums[shared[0]]
+            for key in shared[1:]:
                 total = total + self._sums[key]
-            for key in mine:
+            for key in shared:
                 if not any(key in other for other, _ in left):
                     del self._sums[key]
             yield sorted(names), total

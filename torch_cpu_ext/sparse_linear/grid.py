@@ -5,7 +5,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-GROUP_SIZES = (32, 64, 128)
 SHRINKS = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7)  # shares of the full range that are tried; finer steps change little
 _LARGEST = 64  # magnitude of a weight in steps of its scale, at most: weights rounded to bf16 keep their codes
 
@@ -49,6 +48,11 @@ class QuantizationGrid:
     def round(self, weight: Tensor) -> Tensor:
         """The values of the grid nearest to ``weight`` ``(out_features, in_features)``, float32."""
         return self.dequantize(self.codes(weight))
+
+    def holds(self, weight: Tensor) -> bool:
+        """Whether all of ``weight`` ``(out_features, in_features)`` are values of the grid, as far as its dtype can hold them."""
+        groups = -(-weight.shape[1] // self.group_size) if self.group_size else 1
+        return self.scale.shape == (len(weight), groups) and bool(self.round(weight).to(weight.dtype).equal(weight.detach()))
 
     def _steps(self, inputs: int) -> "Steps":
         def spread(values: Tensor) -> Tensor:
@@ -138,7 +142,9 @@ def int4_steps(groups: Tensor, importance: Tensor | None, *, symmetric: bool, ze
             continue
         better = error < least
         least = torch.where(better, error, least)
-        minimum = None if steps.minimum is None else torch.where(better, steps.minimum, best.minimum)
+        minimum = steps.minimum
+        if minimum is not None and best.minimum is not None:
+            minimum = torch.where(better, minimum, best.minimum)
         best = Steps(torch.where(better, steps.scale, best.scale), torch.where(better, steps.zero, best.zero), minimum, steps.limits)
     assert best is not None
     if not bool(best.scale.isfinite().all()) or (best.minimum is not None and not bool(best.minimum.isfinite().all())):

@@ -4,7 +4,7 @@ import re
 from dataclasses import dataclass, field
 
 from ..core.config import Config, require
-from .grid import GROUP_SIZES
+from .ops import GROUP_SIZES
 from .pruning import GRANULARITIES, PATTERNS, is_pattern, parse_pattern
 
 METHODS = ("magnitude", "wanda", "sparsegpt")

@@ -95,7 +95,8 @@ class Resume:
         for name in before:
             grid = None
             if name in grids:
-                grid = QuantizationGrid(*grids[name], tensors[f"{name}.scale"], tensors.get(f"{name}.minimum"))
+                dtype, group_size = grids[name]
+                grid = QuantizationGrid(dtype, group_size, tensors[f"{name}.scale"], tensors.get(f"{name}.minimum"))
             new[name] = tensors[f"{name}.weight"], grid
         put_weights(layers, new)
         return rows
