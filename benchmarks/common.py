@@ -149,9 +149,9 @@ def main(rows: Callable[[bool], Iterable[Row]], bars: Callable[[], dict[str, flo
     if arguments.save:
         path = FOLDER / "results" / f"{name}-{re.sub('[^a-z0-9]+', '-', about['cpu'].lower()).strip('-')}.json"
         path.parent.mkdir(exist_ok=True)
-        path.write_text(_lines(results) + "\n")
+        path.write_text(lines(results) + "\n")
         _note(f"written: {path.relative_to(FOLDER.parent)}")
-    print(_lines(results)) if arguments.json else _print_table(results, about)
+    print(lines(results)) if arguments.json else _print_table(results, about)
 
 
 def _print_bars(name: str, bars: Callable[[], dict[str, float | None]] | None, about: dict[str, Any]) -> None:
@@ -166,7 +166,7 @@ def _print_bars(name: str, bars: Callable[[], dict[str, float | None]] | None, a
         if (value := measured[bar]) is not None:
             result |= {"measured": round(value, 3), "met": value >= limit if bound == "at_least" else value <= limit}
         results.append(result)
-    print(_lines(results))
+    print(lines(results))
     print(describe(about), file=sys.stderr)
 
 
@@ -181,7 +181,7 @@ def describe(about: dict[str, Any]) -> str:
     return ", ".join(f"{key} {value}" for key, value in about.items())
 
 
-def _lines(rows: Iterable[Row]) -> str:
+def lines(rows: Iterable[Row]) -> str:
     """A JSON list with a row on each line, for people and programs alike."""
     return "[\n  " + ",\n  ".join(json.dumps(row) for row in rows) + "\n]"
 

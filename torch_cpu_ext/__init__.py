@@ -12,21 +12,33 @@ from .core.errors import BuildError, CorruptFileError, FallbackWarning
 from .core.isa import isa
 from .core.jit import kernel_isa, load
 from .core.swap import optimize, report, restore
-from .sparse_linear import KernelInfo, SparseLinear, SparseLinearConfig, kernel_info, swap_linear
+from .sparse_linear import (
+    KernelInfo,
+    PruneConfig,
+    SparseLinear,
+    SparseLinearConfig,
+    calibration_from_text,
+    kernel_info,
+    prune,
+    swap_linear,
+)
 
 __all__ = [
     "BuildError",
     "CorruptFileError",
     "FallbackWarning",
     "KernelInfo",
+    "PruneConfig",
     "SparseLinear",
     "SparseLinearConfig",
+    "calibration_from_text",
     "isa",
     "kernel_info",
     "kernel_isa",
     "load",
     "load_checkpoint",
     "optimize",
+    "prune",
     "report",
     "restore",
     "save_checkpoint",

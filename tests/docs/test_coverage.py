@@ -58,11 +58,16 @@ def test_ops(op):
     assert f"{{op-catalogue}} {CATALOGUE[op].technique}" in (DOCS / "reference" / "ops.md").read_text()
 
 
-@pytest.mark.parametrize("config", swap._HANDLERS, ids=lambda config: config.__name__)
+@pytest.mark.parametrize("config", [*swap._HANDLERS, torch_cpu_ext.PruneConfig], ids=lambda config: config.__name__)
 def test_config_fields(config):
     technique = config.__module__.split(".")[1]
-    documented = table((DOCS / "techniques" / f"{technique}.md").read_text(), "## Parameters")
-    fields = {field.name: repr(field.default).replace("'", '"') for field in dataclasses.fields(config)}
+    page = "pruning.md" if config is torch_cpu_ext.PruneConfig else f"techniques/{technique}.md"
+    documented = table((DOCS / page).read_text(), "## Parameters")
+    defaults = {
+        field.name: field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
+        for field in dataclasses.fields(config)
+    }
+    fields = {name: repr(default).replace("'", '"') for name, default in defaults.items()}
     assert {name: cells[0].strip("`") for name, cells in documented.items()} == fields
     for name in fields:
         assert f"        {name}: " in config.__doc__

@@ -9,6 +9,7 @@ from .bench import bench
 from .build import build, clean
 from .demo import demo
 from .info import info
+from .prune import prune_model
 
 app = typer.Typer(
     name="torch-cpu-ext",
@@ -24,6 +25,7 @@ app.command(
     epilog="Example: torch-cpu-ext bench sparse_linear -- --quick --json",
     context_settings={"allow_extra_args": True, "ignore_unknown_options": True},
 )(bench)
+app.command("prune", epilog="Example: torch-cpu-ext prune smollm2 --calibration notes.txt --dtype int8 -o pruned")(prune_model)
 app.add_typer(demo, name="demo")
 
 

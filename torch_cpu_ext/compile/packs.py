@@ -39,7 +39,7 @@ def pack(weight: Tensor, config: SparseLinearConfig) -> Tensor:
     with torch.inference_mode(False), torch.no_grad():
         dense = weight.detach()
         if config.sparsity is not None:
-            dense = dense * magnitude_mask(dense, config.sparsity, config.granularity)
+            dense = dense * magnitude_mask(dense, config.sparsity, config.granularity, config.pattern)
         packed = ops.pack(dense, dtype=config.dtype, layout=config.layout, group_size=config.group_size, symmetric=config.symmetric)
     made[config] = stamp, weakref.ref(packed)
     return packed

@@ -209,17 +209,18 @@ def select(
     filter_fn: Filter | None,
     include: Names | None,
     exclude: Names | None,
+    caller: str = "optimize",
 ) -> dict[str, nn.Module]:
     """The modules of exactly one of the classes ``kinds`` that the user's choice leaves, by name (a shared module under its first name).
 
-    Subclasses are left alone: their ``forward`` may do more.
+    Subclasses are left alone: their ``forward`` may do more. Errors are in the name of ``caller``.
 
     Raises:
         TypeError: ``model`` is no module.
         ValueError: ``include`` or ``exclude`` fits no module.
     """
     if not isinstance(model, nn.Module):
-        raise TypeError(f"optimize: model must be an nn.Module, got {type(model).__name__}")
+        raise TypeError(f"{caller}: model must be an nn.Module, got {type(model).__name__}")
     classes = kinds if isinstance(kinds, tuple) else (kinds,)
     found = {name: module for name, module in model.named_modules() if type(module) in classes}
     everything = [name for name, _ in model.named_modules()]
@@ -227,7 +228,7 @@ def select(
         for one in _patterns(names):
             if not any(_fits(one, name) for name in everything):
                 shown = one if isinstance(one, str) else one.pattern
-                raise ValueError(f"optimize: {argument} must fit the name of a module, got {shown!r}, which fits none")
+                raise ValueError(f"{caller}: {argument} must fit the name of a module, got {shown!r}, which fits none")
     return {
         name: module
         for name, module in found.items()

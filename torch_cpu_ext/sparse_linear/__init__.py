@@ -1,22 +1,33 @@
 """sparse_linear: pruned, low-precision Linear layers that read fewer bytes of weights (SparAMX, arXiv:2502.12444)."""
 
 from . import decode as _decode  # noqa: F401  (registers its op)
+from .calibration import calibration_from_text
 from .config import SparseLinearConfig
+from .grid import QuantizationGrid
 from .measure import KernelInfo, kernel_info
 from .modules import SparseLinear
 from .ops import check, linear, pack, unpack
-from .pruning import magnitude_mask
+from .prune_config import PruneConfig
+from .pruner import PrunedLayer, PruneReport, prune
+from .pruning import magnitude_mask, wanda_mask
 from .swap import swap_linear
 
 __all__ = [
     "KernelInfo",
+    "PruneConfig",
+    "PruneReport",
+    "PrunedLayer",
+    "QuantizationGrid",
     "SparseLinear",
     "SparseLinearConfig",
+    "calibration_from_text",
     "check",
     "kernel_info",
     "linear",
     "magnitude_mask",
     "pack",
+    "prune",
     "swap_linear",
     "unpack",
+    "wanda_mask",
 ]

@@ -4,8 +4,7 @@ from dataclasses import dataclass, replace
 
 from ..core.config import Config, require
 from .ops import DTYPES, GROUP_SIZES, LAYOUTS
-
-GRANULARITIES = ("row", "layer")
+from .pruning import GRANULARITIES, PATTERNS, is_pattern, parse_pattern
 
 
 @dataclass(frozen=True)
@@ -19,6 +18,8 @@ class SparseLinearConfig(Config):
         sparsity: share of weights to prune by magnitude before packing, in ``(0, 1)``; None prunes nothing and keeps the zeros that are
             there. Weights that another module shares (a tied ``lm_head``) are packed unpruned.
         granularity: where magnitudes are compared: ``"row"`` prunes the same share of every output, ``"layer"`` of the whole weight.
+        pattern: ``"unstructured"``, or ``"n:m"``, such as ``"2:4"``: of every m consecutive inputs of an output, n stay; then ``sparsity``
+            is 1 - n/m. Weights are stored as unstructured ones are.
         layout: ``"sparse"``, ``"dense"``, or ``"auto"``, which takes what needs fewer bytes, for each layer.
         group_size: inputs that share a scale in int4 weights, 32, 64 or 128.
         symmetric: whether the grid of int4 weights is centred on zero. False costs up to 2 bytes more a group and is far more accurate.
@@ -34,6 +35,7 @@ class SparseLinearConfig(Config):
     dtype: str = "int8"
     sparsity: float | None = None
     granularity: str = "row"
+    pattern: str = "unstructured"
     layout: str = "auto"
     group_size: int = 32
     symmetric: bool = False
@@ -46,6 +48,12 @@ class SparseLinearConfig(Config):
         require(self.dtype in DTYPES, self, "dtype", f"one of {', '.join(DTYPES)}")
         require(self.sparsity is None or 0 < self.sparsity < 1, self, "sparsity", "None or between 0 and 1, both excluded")
         require(self.granularity in GRANULARITIES, self, "granularity", f"one of {', '.join(GRANULARITIES)}")
+        require(is_pattern(self.pattern), self, "pattern", PATTERNS)
+        groups = parse_pattern(self.pattern)
+        if groups is not None:
+            share = 1 - groups[0] / groups[1]
+            fits = self.sparsity is not None and abs(self.sparsity - share) < 1e-6
+            require(fits, self, "sparsity", f"{share:g} for the pattern {self.pattern}")
         require(self.layout in ("auto", *LAYOUTS), self, "layout", f"one of auto, {', '.join(LAYOUTS)}")
         require(self.group_size in GROUP_SIZES, self, "group_size", "32, 64 or 128")
         require(self.head_dtype is None or self.head_dtype in DTYPES, self, "head_dtype", f"None or one of {', '.join(DTYPES)}")

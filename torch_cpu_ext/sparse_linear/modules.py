@@ -72,7 +72,8 @@ class SparseLinear(Replacement):
         """Packs a layer's weight; the bias is shared with it.
 
         Args:
-            linear: the layer; it stays as it is.
+            linear: the layer; it stays as it is. If `torch_cpu_ext.prune` quantised it to the dtype of the config, it is packed with the
+                same scales, so that nothing more is lost, and their ``group_size`` and ``symmetric`` count.
             config: None for the default.
             tied: the weight belongs to another module too: it is not pruned, and `to_linear` gives back the very same parameter.
         Raises:
@@ -94,17 +95,27 @@ class SparseLinear(Replacement):
                 f"from_linear: linear.weight must be within the range of float16 to be packed as int4, got {dense.abs().max():g}"
             )
         if config.sparsity is not None and not tied:
-            dense = dense * magnitude_mask(dense, config.sparsity, config.granularity)
+            dense = dense * magnitude_mask(dense, config.sparsity, config.granularity, config.pattern)
+        group_size, symmetric = config.group_size, config.symmetric
+        scale: Tensor | None = None
+        minimum: Tensor | None = None
+        grid = getattr(linear, "quantization_grid", None)  # of `prune`; of no use if the weight changed since
+        if grid is not None and config.sparsity is None and grid.dtype == config.dtype and grid.holds(dense):
+            scale, minimum = grid.scale, grid.minimum
+            if config.dtype == "int4":
+                group_size, symmetric = grid.group_size, minimum is None
         result = cls(
             linear.in_features,
             linear.out_features,
             False,
             dtype=config.dtype,
             activation_group=config.activation_group,
-            group_size=config.group_size,
-            symmetric=config.symmetric,
+            group_size=group_size,
+            symmetric=symmetric,
         )
-        result.packed = ops.pack(dense, dtype=config.dtype, layout=config.layout, group_size=config.group_size, symmetric=config.symmetric)
+        result.packed = ops.pack(
+            dense, dtype=config.dtype, layout=config.layout, group_size=group_size, symmetric=symmetric, scale=scale, minimum=minimum
+        )
         result.bias = linear.bias
         result.weight_dtype, result.weight_requires_grad = weight.dtype, weight.requires_grad
         if tied or config.keep_original:
