@@ -7,6 +7,7 @@
 
 #include <immintrin.h>
 
+#include "attention.h"
 #include "sparse_linear.h"
 #include "../common/region_avx512.h"
 
@@ -14,6 +15,8 @@ namespace tce::sparse_linear::avx512 {
 
 #include "sparse_linear.inl"
 #include "avx512.inl"
+#include "attention.inl"
+#include "attention_avx512.inl"
 
 // Sixteen 32-bit elements; the rest of the row of a shorter element type is made of them by narrowing.
 static __m512i expand_dwords(__mmask16 mask, __m512i packed, __m512i zero) { return _mm512_mask_expand_epi32(fresh(zero), mask, packed); }
@@ -95,6 +98,7 @@ struct Int8 {
 Variant fp32() { return variant<Fp32>(); }
 Variant bf16() { return variant<Bf16>(); }
 Variant int8() { return variant<Int8>(); }
+AttentionVariant attention() { return attention_variant<Attended<Bf16>>(); }
 
 }  // namespace tce::sparse_linear::avx512
 

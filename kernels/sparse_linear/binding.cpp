@@ -39,19 +39,6 @@ void for_each(int64_t count, int64_t grain, const F& f) {
   });
 }
 
-// The same, on at most `threads` threads, each of which takes the next index when it is done with its last.
-template <typename F>
-void for_each_dynamic(int64_t count, int64_t threads, const F& f) {
-  if (threads == 1 || count == 1) {
-    for (int64_t i = 0; i < count; ++i) f(i);
-    return;
-  }
-  std::atomic<int64_t> next{0};
-  parallel_for(0, std::min(threads, count), 1, [&](int64_t, int64_t) {
-    for (int64_t i = next++; i < count; i = next++) f(i);
-  });
-}
-
 Packed checked(const Tensor& packed, const char* op) {
   STD_TORCH_CHECK(packed.dim() == 1 && packed.scalar_type() == ScalarType::Byte && packed.is_contiguous() && packed.is_cpu(), op,
                   ": packed must be a contiguous 1-D uint8 CPU tensor, as sparse_linear_pack makes it, got ", packed.dim(), "-D ",

@@ -5,11 +5,13 @@
 #include <cmath>
 #include <memory>
 
+#include "attention.h"
 #include "sparse_linear.h"
 
 namespace tce::sparse_linear::scalar {
 
 #include "sparse_linear.inl"
+#include "attention.inl"
 
 template <DType D>
 struct Plain {
@@ -65,8 +67,43 @@ struct Plain {
   }
 };
 
+struct Attended : Plain<DType::bf16> {
+  struct Sum {
+    float lane[kLanes];
+  };
+  struct Row {
+    float even[kLanes], odd[kLanes];
+  };
+  static constexpr int kRows = 1, kSums = 1;
+
+  static Sum zero() { return {}; }
+  static Sum load(const float* from) {
+    Sum sum;
+    std::memcpy(sum.lane, from, sizeof(sum.lane));
+    return sum;
+  }
+  static void store(float* to, const Sum& sum) { std::memcpy(to, sum.lane, sizeof(sum.lane)); }
+  static Sum plus(Sum a, const Sum& b) {
+    for (int i = 0; i < kLanes; ++i) a.lane[i] += b.lane[i];
+    return a;
+  }
+  static Row row(const uint8_t* from) {
+    uint32_t bits[kLanes];
+    std::memcpy(bits, from, sizeof(bits));
+    Row row;
+    for (int i = 0; i < kLanes; ++i) row.even[i] = bits_float(bits[i] << 16), row.odd[i] = bits_float(bits[i] & 0xffff0000);
+    return row;
+  }
+  static Sum add(Sum sum, const Row& row, const float* x) {
+    for (int i = 0; i < kLanes; ++i) sum.lane[i] += row.even[i] * x[0] + row.odd[i] * x[1];
+    return sum;
+  }
+  static void ahead(const uint8_t*) {}
+};
+
 Variant fp32() { return variant<Plain<DType::fp32>>(); }
 Variant bf16() { return variant<Plain<DType::bf16>>(); }
 Variant int8() { return variant<Plain<DType::int8>>(); }
+AttentionVariant attention() { return attention_variant<Attended>(); }
 
 }  // namespace tce::sparse_linear::scalar

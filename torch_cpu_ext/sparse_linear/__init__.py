@@ -1,9 +1,25 @@
 """sparse_linear: pruned, low-precision Linear layers that read fewer bytes of weights (SparAMX, arXiv:2502.12444)."""
 
+from .attention import attend, compress_kv, expand_kv, from_blocks, page_bytes, to_blocks
 from .config import SparseLinearConfig
 from .modules import SparseLinear
 from .ops import check, linear, pack, unpack
 from .pruning import magnitude_mask
 from .swap import swap_linear
 
-__all__ = ["SparseLinear", "SparseLinearConfig", "check", "linear", "magnitude_mask", "pack", "swap_linear", "unpack"]
+__all__ = [
+    "SparseLinear",
+    "SparseLinearConfig",
+    "attend",
+    "check",
+    "compress_kv",
+    "expand_kv",
+    "from_blocks",
+    "linear",
+    "magnitude_mask",
+    "pack",
+    "page_bytes",
+    "swap_linear",
+    "to_blocks",
+    "unpack",
+]
