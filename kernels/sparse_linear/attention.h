@@ -11,7 +11,10 @@ namespace tce::sparse_linear {
 // A page is a block of common/kv_block.h, whole or pruned. All pages of one tensor have the same size, so they need no offsets:
 //
 //   dense   the block, 32 * d bytes
-//   sparse  a bitmap word of 32 bits for each row of the block (least significant bit first) | the kept elements, in the order of the block
+//   sparse  a bitmap word of 32 bits for each row of 64 bytes (least significant bit first) | the kept elements, in the order of the bits
+//
+// The rows of a sparse page are those of the block. Rows of keys stand in the block's order; rows of values are ordered by their sixteen
+// elements first, then by token pairs, [d / 16][8 pairs][16][2], so that the sums of sixteen elements stay in registers for all tokens.
 //
 // Of each token's vector the `keep` elements of largest magnitude are kept (among equals, those of lower index), so a sparse page has
 // 2 * d + 32 * keep bytes. Where that is no less than the block, the page is dense, with zeros in place of what was pruned.

@@ -5,10 +5,11 @@
 //   zero(), load(from), store(to, sum), plus(sum, sum), row(from)
 //   ahead(at)                             asks for what lies a page after `at`
 //   add(sum, row, x)                      sum plus the pairs of a row times the pair at x
-//   kRows, kSums                          rows of queries one pass takes at most, 1 or 4; independent sums it should keep
+//   kRows, kSums                          rows of queries one pass takes at most, 1 or 4; independent sums it should keep, at most 8
+//   expand_pair(words, values, rows)      two rows from their bitmap words and the next values, which it moves on; where kPairs is true
 
 // Sixteen floats at a time, in loops that compilers turn into vectors.
-constexpr int64_t kLanes = 16;
+constexpr int64_t kLanes = 16, kPairsInBlock = kBlockTokens / 2;
 
 // 2^x for x <= 0; 0 below -126; NaN stays NaN.
 static inline float exp2_of(float x) {
@@ -24,60 +25,78 @@ static inline float exp2_of(float x) {
   return x < -126.0f ? 0.0f : result;
 }
 
-// Dense rows of a block that begins at `block`, either straight from the cache, whose later lines must be asked for, or expanded.
-enum class From { cache, expanded };
+// Where the rows of a block are: in memory, whose later lines must be asked for, expanded before, or still in a sparse page.
+enum class From { memory, buffer, page };
 
-// The scores of 16 tokens for M rows of queries.
+// The scores of 16 tokens for M rows of queries. The end of the values where the block is a page.
 template <typename T, int M, From F>
-static void score(const uint8_t* block, int64_t rows, const typename T::X* q, int64_t head_dim, float* scores) {
-  constexpr int U = T::kSums > M ? T::kSums / M : 1;
+static const uint8_t* score(const uint8_t* block, int64_t rows, const typename T::X* q, int64_t head_dim, float* scores) {
+  constexpr int U = T::kSums > M ? T::kSums / M : 1;  // divides the number of rows, a multiple of 8
   typename T::Sum sum[M][U];
   for (int m = 0; m < M; ++m)
     for (int u = 0; u < U; ++u) sum[m][u] = T::zero();
-  const auto step = [&](int64_t i, int u) __attribute__((always_inline)) {
-    if constexpr (F == From::cache) T::ahead(block + i * kBlockRow);
-    const typename T::Row row = T::row(block + i * kBlockRow);
-    for (int m = 0; m < M; ++m) sum[m][u] = T::add(sum[m][u], row, q + m * head_dim + 2 * i);
-  };
-  int64_t i = 0;
-  for (; i + U <= rows; i += U)
-    for (int u = 0; u < U; ++u) step(i + u, u);
-  for (; i < rows; ++i) step(i, 0);
+  const uint8_t* values = block + rows * 4;
+  for (int64_t first = 0; first < rows; first += U) {
+    typename T::Row row[U];
+    if constexpr (F == From::page) {
+      for (int u = 0; u < U; u += 2) T::expand_pair(block + (first + u) * 4, values, row + u);
+    } else {
+      for (int u = 0; u < U; ++u) {
+        if constexpr (F == From::memory) T::ahead(block + (first + u) * kBlockRow);
+        row[u] = T::row(block + (first + u) * kBlockRow);
+      }
+    }
+    for (int u = 0; u < U; ++u)
+      for (int m = 0; m < M; ++m) sum[m][u] = T::add(sum[m][u], row[u], q + m * head_dim + 2 * (first + u));
+  }
   for (int m = 0; m < M; ++m) {
     for (int u = 1; u < U; ++u) sum[m][0] = T::plus(sum[m][0], sum[m][u]);
     T::store(scores + m * kSplit, sum[m][0]);
   }
+  return values;
 }
 
-// Adds the values of 16 tokens times their probabilities to M rows of sums, G times 16 elements at a time.
-template <typename T, int M, int G, From F>
+// Adds the values of 16 tokens times their probabilities to M rows of sums. A dense block, G times 16 elements at a time.
+template <typename T, int M, int G>
 static void mix(const uint8_t* block, int64_t groups, const typename T::X* p, float* sums, int64_t head_dim) {
-  int64_t g = 0;
-  for (; g + G <= groups; g += G) {
+  for (int64_t g = 0; g < groups; g += G) {
     typename T::Sum sum[M][G];
     for (int m = 0; m < M; ++m)
       for (int i = 0; i < G; ++i) sum[m][i] = T::load(sums + m * head_dim + (g + i) * kLanes);
-    for (int64_t pair = 0; pair < kBlockTokens / 2; ++pair) {
+    for (int64_t pair = 0; pair < kPairsInBlock; ++pair) {
       for (int i = 0; i < G; ++i) {
-        const uint8_t* at = block + (pair * groups + g + i) * kBlockRow;
-        if constexpr (F == From::cache) T::ahead(at);
-        const typename T::Row row = T::row(at);
+        // In the order of addresses, not of use: steps of a whole pair are more than the hardware follows.
+        T::ahead(block + (g * kPairsInBlock + pair * G + i) * kBlockRow);
+        const typename T::Row row = T::row(block + (pair * groups + g + i) * kBlockRow);
         for (int m = 0; m < M; ++m) sum[m][i] = T::add(sum[m][i], row, p + m * kSplit + 2 * pair);
       }
     }
     for (int m = 0; m < M; ++m)
       for (int i = 0; i < G; ++i) T::store(sums + m * head_dim + (g + i) * kLanes, sum[m][i]);
   }
-  if constexpr (G > 1) {
-    for (; g < groups; ++g) {
-      for (int m = 0; m < M; ++m) {
-        typename T::Sum sum = T::load(sums + m * head_dim + g * kLanes);
-        for (int64_t pair = 0; pair < kBlockTokens / 2; ++pair)
-          sum = T::add(sum, T::row(block + (pair * groups + g) * kBlockRow), p + m * kSplit + 2 * pair);
-        T::store(sums + m * head_dim + g * kLanes, sum);
+}
+
+// The same from the rows of a sparse page, expanded or not. The end of the values where it is not.
+template <typename T, int M, From F>
+static const uint8_t* mix_page(const uint8_t* page, int64_t groups, const typename T::X* p, float* sums, int64_t head_dim) {
+  const uint8_t* values = page + groups * kPairsInBlock * 4;
+  for (int64_t g = 0; g < groups; ++g) {
+    typename T::Sum sum[M];
+    for (int m = 0; m < M; ++m) sum[m] = T::load(sums + m * head_dim + g * kLanes);
+    typename T::Row row[kPairsInBlock];
+    for (int pair = 0; pair < kPairsInBlock; pair += 2) {
+      const int64_t at = g * kPairsInBlock + pair;
+      if constexpr (F == From::page) {
+        T::expand_pair(page + at * 4, values, row + pair);
+      } else {
+        for (int i = 0; i < 2; ++i) row[pair + i] = T::row(page + (at + i) * kBlockRow);
       }
+      for (int i = 0; i < 2; ++i)
+        for (int m = 0; m < M; ++m) sum[m] = T::add(sum[m], row[pair + i], p + m * kSplit + 2 * (pair + i));
     }
+    for (int m = 0; m < M; ++m) T::store(sums + m * head_dim + g * kLanes, sum[m]);
   }
+  return values;
 }
 
 // Calls f<M>(first row) for blocks of rows.
@@ -90,21 +109,6 @@ static void for_rows(int64_t rows, const F& f) {
     if (rows - r == 2) f.template operator()<2>(r);
     if (rows - r == 1) f.template operator()<1>(r);
   }
-}
-
-template <typename T, From F>
-static void score_rows(const uint8_t* block, const Attention& a, const typename T::X* q, float* scores) {
-  for_rows<T>(a.rows, [&]<int M>(int64_t r) {
-    score<T, M, F>(block, block_rows(a.head_dim), q + r * a.head_dim, a.head_dim, scores + r * kSplit);
-  });
-}
-
-template <typename T, From F>
-static void mix_rows(const uint8_t* block, const Attention& a, const typename T::X* p, float* sums) {
-  for_rows<T>(a.rows, [&]<int M>(int64_t r) {
-    constexpr int G = T::kSums > M ? T::kSums / M : 1;
-    mix<T, M, G, F>(block, a.head_dim / kLanes, p + r * kSplit, sums + r * a.head_dim, a.head_dim);
-  });
 }
 
 // The blocks of one head. Those that are expanded lie in `buffer` until the next one is opened.
@@ -128,8 +132,8 @@ struct Reader {
 
   bool expanded(int64_t i) const { return i < count && page_bytes != block_bytes(head_dim); }
 
-  // Null if the bitmap of a page does not fit its size.
-  const uint8_t* open(int64_t i) const {
+  // A block, or a sparse page from which it is safe to expand.
+  const uint8_t* at(int64_t i) const {
     if (i >= count) return tail + (i - count) * block_bytes(head_dim);
     const uint8_t* page = pages + i * page_bytes;
     if (!expanded(i)) return page;
@@ -139,36 +143,106 @@ struct Reader {
       std::memcpy(copy, page, page_bytes);
       page = copy;
     }
-    return T::expand(page, page + 2 * head_dim, block_rows(head_dim), buffer) == page + page_bytes ? buffer : nullptr;
+    return page;
+  }
+
+  // A block with all its rows. Null if the bitmap of a page does not fit its size.
+  const uint8_t* open(int64_t i) const {
+    const uint8_t* block = at(i);
+    if (!expanded(i)) return block;
+    return T::expand(block, block + 2 * head_dim, block_rows(head_dim), buffer) == block + page_bytes ? buffer : nullptr;
   }
 };
+
+// The scores of block number i for all rows. False if the bitmap of a page does not fit its size.
+template <typename T>
+static bool score_block(const Reader<T>& k, int64_t i, const Attention& a, const typename T::X* q, float* scores) {
+  const int64_t rows = block_rows(a.head_dim);
+  if (!k.expanded(i)) {
+    const uint8_t* block = k.at(i);
+    for_rows<T>(a.rows,
+                [&]<int M>(int64_t r) { score<T, M, From::memory>(block, rows, q + r * a.head_dim, a.head_dim, scores + r * kSplit); });
+    return true;
+  }
+  if constexpr (T::kPairs) {
+    if (a.rows <= T::kRows) {
+      const uint8_t* page = k.at(i);
+      bool intact = true;
+      for_rows<T>(a.rows,
+                  [&]<int M>(int64_t) { intact = score<T, M, From::page>(page, rows, q, a.head_dim, scores) == page + k.page_bytes; });
+      return intact;
+    }
+  }
+  const uint8_t* block = k.open(i);
+  if (!block) return false;
+  for_rows<T>(a.rows,
+              [&]<int M>(int64_t r) { score<T, M, From::buffer>(block, rows, q + r * a.head_dim, a.head_dim, scores + r * kSplit); });
+  return true;
+}
+
+// Adds block number i of the values to all rows of sums, without tokens outside [begin, end). False as in score_block.
+template <typename T>
+static bool mix_block(const Reader<T>& v, int64_t i, const Attention& a, int64_t begin, int64_t end, const typename T::X* p, float* sums) {
+  const int64_t d = a.head_dim, groups = d / kLanes;
+  const bool whole = i * kBlockTokens >= begin && (i + 1) * kBlockTokens <= end;
+  if constexpr (T::kPairs) {
+    if (v.expanded(i) && whole && a.rows <= T::kRows) {
+      const uint8_t* page = v.at(i);
+      bool intact = true;
+      for_rows<T>(a.rows, [&]<int M>(int64_t) { intact = mix_page<T, M, From::page>(page, groups, p, sums, d) == page + v.page_bytes; });
+      return intact;
+    }
+  }
+  const uint8_t* block = v.open(i);
+  if (!block) return false;
+  if (!whole) {
+    // Slots that hold no attended token may hold anything, NaN too.
+    if (block != v.buffer) std::memcpy(v.buffer, block, block_bytes(d));
+    block = v.buffer;
+    for (int64_t row = 0; row < block_rows(d); ++row) {
+      const int64_t pair = v.expanded(i) ? row % kPairsInBlock : row / groups;
+      for (int64_t token = 0; token < 2; ++token) {
+        const int64_t at = i * kBlockTokens + 2 * pair + token;
+        if (at >= begin && at < end) continue;
+        for (int64_t j = 0; j < kLanes; ++j) std::memset(v.buffer + row * kBlockRow + j * 4 + token * 2, 0, 2);
+      }
+    }
+  }
+  for_rows<T>(a.rows, [&]<int M>(int64_t r) {
+    if (v.expanded(i)) {
+      mix_page<T, M, From::buffer>(block, groups, p + r * kSplit, sums + r * d, d);
+    } else if (groups % 2 == 0) {
+      mix<T, M, 2>(block, groups, p + r * kSplit, sums + r * d, d);
+    } else {
+      mix<T, M, 1>(block, groups, p + r * kSplit, sums + r * d, d);
+    }
+  });
+  return true;
+}
 
 // The probabilities of one row from its scores: the largest score times `scale`, and the sum, over tokens [begin, end) of `width`.
 template <typename X>
 static void probabilities(float* scores, X* p, int64_t begin, int64_t end, int64_t width, float scale, float& largest, float& total) {
   constexpr float none = -__builtin_inff();
+  for (int64_t i = 0; i < width; ++i) scores[i] *= scale;
   std::fill(scores, scores + begin, none);
   std::fill(scores + end, scores + width, none);
   float most[kLanes], sum[kLanes];
   for (int j = 0; j < kLanes; ++j) most[j] = none, sum[j] = 0;
-  for (int64_t i = 0; i < width; i += kLanes) {
-    for (int j = 0; j < kLanes; ++j) {
-      const float s = scores[i + j] * scale;
-      scores[i + j] = i + j < begin || i + j >= end ? none : s;
-      most[j] = most[j] < scores[i + j] ? scores[i + j] : most[j];
-    }
-  }
+  for (int64_t i = 0; i < width; i += kLanes)
+    for (int j = 0; j < kLanes; ++j) most[j] = most[j] < scores[i + j] ? scores[i + j] : most[j];
   largest = *std::max_element(most, most + kLanes);
   const float from = largest == none ? 0 : largest;
-  for (int64_t i = 0; i < width; i += kLanes) {
-    for (int j = 0; j < kLanes; ++j) {
-      const float y = exp2_of(scores[i + j] - from);
-      sum[j] += y;
-      if constexpr (sizeof(X) == 2) {
-        p[i + j] = float_to_bf16(y);
-      } else {
-        p[i + j] = bf16_to_float(float_to_bf16(y));
-      }
+  for (int64_t i = 0; i < width; ++i) scores[i] = exp2_of(scores[i] - from);
+  for (int64_t i = 0; i < width; i += kLanes)
+    for (int j = 0; j < kLanes; ++j) sum[j] += scores[i + j];
+  for (int64_t i = 0; i < width; ++i) {
+    // To bf16, ties to even. NaN needs no care here: its lower half is zero.
+    const uint32_t bits = float_bits(scores[i]), rounded = (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
+    if constexpr (sizeof(X) == 2) {
+      p[i] = static_cast<uint16_t>(rounded);
+    } else {
+      p[i] = bits_float(rounded << 16);
     }
   }
   for (int64_t n = kLanes / 2; n > 0; n /= 2)
@@ -209,13 +283,7 @@ static bool attend_split(const Attention& a, int64_t head, int64_t split) {
   const Reader<T> k(a.k, a, span, head, buffer), v(a.v, a, span, head, buffer);
   const int64_t first = begin / kBlockTokens, last = divide_up(end, kBlockTokens), width = (last - first) * kBlockTokens;
   for (int64_t i = first; i < last; ++i) {
-    const uint8_t* block = k.open(i);
-    if (!block) return false;
-    if (k.expanded(i)) {
-      score_rows<T, From::expanded>(block, a, q, scores + (i - first) * kBlockTokens);
-    } else {
-      score_rows<T, From::cache>(block, a, q, scores + (i - first) * kBlockTokens);
-    }
+    if (!score_block<T>(k, i, a, q, scores + (i - first) * kBlockTokens)) return false;
   }
 
   for (int64_t r = 0; r < a.rows; ++r) {
@@ -226,21 +294,7 @@ static bool attend_split(const Attention& a, int64_t head, int64_t split) {
   }
 
   for (int64_t i = first; i < last; ++i) {
-    const uint8_t* block = v.open(i);
-    if (!block) return false;
-    const int64_t lead = std::max(span.first - i * kBlockTokens, int64_t{0}),
-                  used = std::min(span.tokens() - i * kBlockTokens, kBlockTokens);
-    if (v.expanded(i) || lead > 0 || used < kBlockTokens) {
-      // Slots that hold no attended token may hold anything, NaN too.
-      if (block != buffer) std::memcpy(buffer, block, block_bytes(d));
-      for (int64_t t = 0; t < kBlockTokens; ++t) {
-        if (t >= lead && t < used) continue;
-        for (int64_t j = 0; j < d; ++j) std::memset(buffer + 2 * value_place(t, j, d), 0, 2);
-      }
-      mix_rows<T, From::expanded>(buffer, a, p + (i - first) * kBlockTokens, sums);
-    } else {
-      mix_rows<T, From::cache>(block, a, p + (i - first) * kBlockTokens, sums);
-    }
+    if (!mix_block<T>(v, i, a, span.first, span.tokens(), p + (i - first) * kBlockTokens, sums)) return false;
   }
   return true;
 }

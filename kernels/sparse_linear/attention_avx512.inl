@@ -4,6 +4,7 @@ struct Attended : B {
   using Sum = __m512;
   using Row = __m512i;
   static constexpr int kRows = 4, kSums = 8;
+  static constexpr bool kPairs = false;
 
   static Sum zero() { return _mm512_setzero_ps(); }
   static Sum load(const float* from) { return _mm512_loadu_ps(from); }

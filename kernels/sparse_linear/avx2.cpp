@@ -168,6 +168,7 @@ struct Attended : Bf16 {
     __m256 even[2], odd[2];
   };
   static constexpr int kRows = 1, kSums = 4;
+  static constexpr bool kPairs = false;
 
   static Sum zero() { return {_mm256_setzero_ps(), _mm256_setzero_ps()}; }
   static Sum load(const float* from) { return {_mm256_loadu_ps(from), _mm256_loadu_ps(from + 8)}; }

@@ -18,6 +18,7 @@ namespace tce::sparse_linear::avx512_bf16 {
 #include "vbmi2.inl"
 #include "attention.inl"
 #include "attention_avx512.inl"
+#include "attention_vbmi2.inl"
 
 struct Bf16 : Floats<Bf16> {
   static constexpr DType dtype = DType::bf16;
@@ -31,7 +32,7 @@ struct Bf16 : Floats<Bf16> {
 };
 
 Variant bf16() { return variant<Bf16>(); }
-AttentionVariant attention() { return attention_variant<Attended<Bf16>>(); }
+AttentionVariant attention() { return attention_variant<AttendedPairs<Bf16>>(); }
 
 }  // namespace tce::sparse_linear::avx512_bf16
 

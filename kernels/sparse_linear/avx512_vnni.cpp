@@ -18,6 +18,7 @@ namespace tce::sparse_linear::avx512_vnni {
 #include "vbmi2.inl"
 #include "attention.inl"
 #include "attention_avx512.inl"
+#include "attention_vbmi2.inl"
 
 struct Bf16 : Floats<Bf16> {
   static constexpr DType dtype = DType::bf16;
@@ -125,7 +126,7 @@ struct Int8 {
 
 Variant bf16() { return variant<Bf16>(); }
 Variant int8() { return variant<Int8>(); }
-AttentionVariant attention() { return attention_variant<Attended<Bf16>>(); }
+AttentionVariant attention() { return attention_variant<AttendedPairs<Bf16>>(); }
 
 }  // namespace tce::sparse_linear::avx512_vnni
 

@@ -7,8 +7,11 @@
 namespace tce::sparse_linear {
 namespace {
 
-int64_t place(Kind kind, int64_t token, int64_t k, int64_t head_dim) {
-  return kind == Kind::key ? key_place(token, k) : value_place(token, k, head_dim);
+// Number of an element within a page.
+int64_t place(Kind kind, bool dense, int64_t token, int64_t k, int64_t head_dim) {
+  if (kind == Kind::key) return key_place(token, k);
+  if (dense) return value_place(token, k, head_dim);
+  return (k / 16 * (kBlockTokens / 2) + token / 2) * 32 + k % 16 * 2 + token % 2;
 }
 
 // The smallest magnitude, as bits, of which no more than `keep` elements are larger.
@@ -43,7 +46,7 @@ void write_page(const void* x, Float type, int64_t head_dim, Kind kind, int64_t 
     for (int64_t i = 0; i < d; ++i) equal -= magnitude[i] > least;
     for (int64_t i = 0; i < d; ++i) {
       if (magnitude[i] < least || (magnitude[i] == least && equal-- <= 0)) continue;
-      const int64_t at = place(kind, t, i, d);
+      const int64_t at = place(kind, bytes == block_bytes(d), t, i, d);
       block[at] = bits[i];
       kept[at] = 1;
     }
@@ -78,7 +81,7 @@ bool read_page(const uint8_t* page, int64_t bytes, int64_t head_dim, Kind kind, 
     values += 2;
   }
   for (int64_t t = 0; t < kBlockTokens; ++t)
-    for (int64_t i = 0; i < d; ++i) x[t * d + i] = block[place(kind, t, i, d)];
+    for (int64_t i = 0; i < d; ++i) x[t * d + i] = block[place(kind, bytes == block_bytes(d), t, i, d)];
   return true;
 }
 

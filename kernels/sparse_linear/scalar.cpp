@@ -75,6 +75,7 @@ struct Attended : Plain<DType::bf16> {
     float even[kLanes], odd[kLanes];
   };
   static constexpr int kRows = 1, kSums = 1;
+  static constexpr bool kPairs = false;
 
   static Sum zero() { return {}; }
   static Sum load(const float* from) {

@@ -131,9 +131,12 @@ def _compress_reference(x: Tensor, *, kind: str, sparsity: float) -> Tensor:
     magnitude = x.view(torch.int16).int() & 0x7FFF  # compared as bits, so that NaN counts as large
     mask = torch.zeros(x.shape, dtype=torch.bool)
     mask.scatter_(3, magnitude.argsort(dim=3, descending=True, stable=True)[..., :keep], True)
-    blocks, bits = to_blocks(x.masked_fill(~mask, 0), kind).flatten(3), to_blocks(mask, kind).flatten(3) != 0
+    blocks, bits = to_blocks(x.masked_fill(~mask, 0), kind), to_blocks(mask, kind) != 0
     if page_bytes(x.shape[3], sparsity) == 32 * x.shape[3]:
-        return blocks.view(torch.uint8)
+        return blocks.flatten(3).view(torch.uint8)
+    if kind == "value":  # rows by their sixteen elements first
+        blocks, bits = (t.unflatten(4, (-1, TOKENS)).transpose(3, 4) for t in (blocks, bits))
+    blocks, bits = blocks.flatten(3), bits.flatten(3)
     words = (bits.unflatten(3, (-1, 8)) * (1 << torch.arange(8))).sum(-1).to(torch.uint8)
     values = blocks[bits].view(*blocks.shape[:3], TOKENS * keep)
     return torch.cat([words, values.view(torch.uint8)], 3)
@@ -190,6 +193,8 @@ def _expand(op: str, pages: Tensor, kind: str, head_dim: int) -> Tensor:
         torch._check(intact, lambda: f"{op}: pages must be intact, got a page whose bitmap does not fit its size")
         blocks = torch.zeros(mask.shape, dtype=torch.bfloat16)
         blocks[mask] = values.clone(memory_format=torch.contiguous_format).view(torch.bfloat16).flatten()
+        if kind == "value":
+            blocks = blocks.unflatten(3, (-1, TOKENS // 2, 2 * TOKENS)).transpose(3, 4).flatten(3)
     return from_blocks(blocks.view(*pages.shape[:3], *shape), kind)
 
 
