@@ -66,7 +66,8 @@ class SparseKVLayer(CacheLayerMixin):
         batch, heads, _, d = key_states.shape
         if value_states.shape[-1] != d or d % TOKENS:
             raise ValueError(
-                f"SparseKVCache: the head dimension of keys and values must be the same multiple of 16, got {d} and {value_states.shape[-1]}"
+                "SparseKVCache: the head dimension of keys and values must be the same multiple of 16, "
+                f"got {d} and {value_states.shape[-1]}"
             )
         self.dtype, self.device, self.batch_size = key_states.dtype, key_states.device, batch
         for kind, sparsity in self.sparsity.items():
@@ -166,7 +167,9 @@ class SparseKVLayer(CacheLayerMixin):
         pages, tails = ({k: store[:, :, : self.pages] for k, store in self.page_store.items()}, self.blocks)
         heads = self.blocks["key"].shape[1]
         spans = (
-            _spans(query.shape[0], heads, self.pages, self.tail) if mask is None else _masked_spans(mask, query.shape[2], heads, self.pages, self.tail)
+            _spans(query.shape[0], heads, self.pages, self.tail)
+            if mask is None
+            else _masked_spans(mask, query.shape[2], heads, self.pages, self.tail)
         )
         return attend(query, pages["key"], pages["value"], tails["key"], tails["value"], spans, scale=scale)[0]
 
@@ -282,12 +285,13 @@ class SparseKVCache(Cache):
     @property
     def nbytes(self) -> int:
         """Bytes of memory held by all layers, spare room included."""
-        return sum(
-            layer.nbytes
-            if isinstance(layer, SparseKVLayer)
-            else sum(t.numel() * t.element_size() for t in (layer.keys, layer.values) if t is not None)
-            for layer in self.layers
-        )
+        total = 0
+        for layer in self.layers:
+            tensors = (getattr(layer, "keys", None), getattr(layer, "values", None))
+            total += (
+                layer.nbytes if isinstance(layer, SparseKVLayer) else sum(t.numel() * t.element_size() for t in tensors if t is not None)
+            )
+        return total
 
 
 @functools.lru_cache(maxsize=32)

@@ -26,7 +26,7 @@ def kept(head_dim: int, sparsity: float) -> int:
 
 
 def page_bytes(head_dim: int, sparsity: float) -> int:
-    """Size of a page of 16 tokens: ``2 * head_dim`` bytes of bitmap and 32 for each kept element, at most the 32 for each element of a block.
+    """Size of a page of 16 tokens: ``2 * head_dim`` bytes of bitmap and 32 for each kept element, at most the ``32 * head_dim`` of a block.
 
     Args:
         head_dim: elements of a token's vector.
@@ -142,9 +142,7 @@ def _compress_reference(x: Tensor, *, kind: str, sparsity: float) -> Tensor:
     return torch.cat([words, values.view(torch.uint8)], 3)
 
 
-define(
-    "sparse_linear_compress_kv(Tensor x, *, str kind, float sparsity) -> Tensor", fake=_compress_fake, reference=_compress_reference
-)
+define("sparse_linear_compress_kv(Tensor x, *, str kind, float sparsity) -> Tensor", fake=_compress_fake, reference=_compress_reference)
 
 
 # ---------------------------------------------------------------------------------------------------------------------------------- expand
@@ -198,9 +196,7 @@ def _expand(op: str, pages: Tensor, kind: str, head_dim: int) -> Tensor:
     return from_blocks(blocks.view(*pages.shape[:3], *shape), kind)
 
 
-define(
-    "sparse_linear_expand_kv(Tensor pages, *, str kind, int head_dim) -> Tensor", fake=_expand_fake, reference=_expand_reference
-)
+define("sparse_linear_expand_kv(Tensor pages, *, str kind, int head_dim) -> Tensor", fake=_expand_fake, reference=_expand_reference)
 
 
 # ---------------------------------------------------------------------------------------------------------------------------------- attend
@@ -275,7 +271,9 @@ def _check_attend(query: Tensor, k_pages: Tensor, v_pages: Tensor, k_tail: Tenso
     )
 
 
-def _check_blocks(op: str, name: str, pages: Tensor, tail: Tensor, batch: int, kv_heads: int, inner: tuple[int, int], head_dim: int) -> None:
+def _check_blocks(
+    op: str, name: str, pages: Tensor, tail: Tensor, batch: int, kv_heads: int, inner: tuple[int, int], head_dim: int
+) -> None:
     _check_pages(op, f"{name}_pages", pages, head_dim)
     torch._check(
         pages.shape[0] == batch and pages.shape[1] == kv_heads,
@@ -332,7 +330,9 @@ def _attend_reference(
             largest = scores.amax(-1, keepdim=True).clamp_min(torch.finfo(torch.float32).min) if total > first else scores.sum(-1, True)
             p = (scores - largest).exp()
             weighted = p.bfloat16().float() @ v
-            out[b, h * group : (h + 1) * group] = torch.where(p.sum(-1, keepdim=True) == 0, 0, weighted / p.sum(-1, keepdim=True)).to(out.dtype)
+            out[b, h * group : (h + 1) * group] = torch.where(p.sum(-1, keepdim=True) == 0, 0, weighted / p.sum(-1, keepdim=True)).to(
+                out.dtype
+            )
             lse[b, h * group : (h + 1) * group] = sums
     return out, lse
 
