@@ -72,7 +72,7 @@ def measure(geometry: str, tokens: int, repeats: int, sparsities: tuple[tuple[fl
     for name, dtype in (("bf16", torch.bfloat16), ("fp32", torch.float32)):
         calls.update(torch_calls(k.to(dtype), v.to(dtype), query.to(dtype), name))
     times = interleave(calls, repeats, warmup=1)
-    peers: dict[str, Seconds] = {"ours, dense bf16": times[None]}
+    peers: dict[str, Seconds] = {"ours dense bf16": times[None]}
     for name in ("bf16", "fp32"):
         peers[f"SDPA {name}"] = min(times[f"SDPA {name}, enable_gqa"], times[f"SDPA {name}, grouped"])
         peers[f"matmul {name}"] = times[f"matmul {name}"]

@@ -16,12 +16,12 @@ def wrapper(op: Op) -> tuple[str, str]:
     """Name and first docstring sentence of the typed function that calls an op.
 
     Raises:
-        LookupError: the technique's ``ops.py`` has no public function that calls it.
+        LookupError: the technique has no public function that calls it.
     """
     technique = f"torch_cpu_ext.{op.technique}"
-    module = importlib.import_module(f"{technique}.ops")
+    module = importlib.import_module(technique)
     for name, function in inspect.getmembers(module, inspect.isfunction):
-        if name.startswith("_") or function.__module__ != module.__name__:
+        if name not in module.__all__:
             continue
         if re.search(rf"torch\.ops\.{NAMESPACE}\.{op.name}\(", inspect.getsource(function)):
             summary = (inspect.getdoc(function) or "").split("\n\n")[0]
