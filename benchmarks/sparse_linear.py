@@ -19,7 +19,7 @@ SHAPE = (11008, 4096)  # out_features, in_features: an MLP projection of a 7B Ll
 SMALL_SHAPES = ((4096, 4096), (1024, 4096), (1536, 576), (192, 576))  # the last two are SmolLM2's
 ROWS = (1, 2, 4, 8, 16, 64, 512)
 SPARSITIES = (0.0, 0.3, 0.5, 0.7, 0.9)
-DTYPES = ("bf16", "int8", "fp32")
+DTYPES = ("bf16", "int8", "int4", "fp32")
 COLD_BYTES = max(160 << 20, 3 * last_level_cache() // 2)  # what rotated copies of a weight come to, so that each is out of the caches
 
 Call = Callable[[], object]

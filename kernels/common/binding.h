@@ -5,8 +5,6 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
-#include <algorithm>
-#include <atomic>
 #include <cstdlib>
 #include <memory>
 #include <optional>
@@ -52,19 +50,6 @@ class Scratch {
  private:
   std::unique_ptr<uint8_t, decltype(&std::free)> data_;
 };
-
-// Calls f(index) for 0 <= index < count on at most `threads` threads, each of which takes the next index when it is done with its last.
-template <typename F>
-void for_each_dynamic(int64_t count, int64_t threads, const F& f) {
-  if (threads == 1 || count == 1) {
-    for (int64_t i = 0; i < count; ++i) f(i);
-    return;
-  }
-  std::atomic<int64_t> next{0};
-  parallel_for(0, std::min(threads, count), 1, [&](int64_t, int64_t) {
-    for (int64_t i = next++; i < count; i = next++) f(i);
-  });
-}
 
 }  // namespace tce
 

@@ -48,10 +48,10 @@ struct Span {
 };
 
 // Tokens one work item takes. Fixed, so that results do not depend on the number of threads.
-constexpr int64_t kSplit = 512;
+constexpr int64_t kSplitTokens = 512;
 
 // Attention of `rows` rows of queries for each KV head. Row r is the query of token number tokens - length + r % length.
-struct Attention {
+struct PageAttention {
   int64_t heads, kv_heads, head_dim;  // heads: batch times KV heads
   int64_t rows, length;               // rows: query heads that share a KV head, times length
   float scale;
@@ -68,9 +68,9 @@ struct Attention {
 
 struct AttentionVariant {
   // One split of one head. False if the bitmap of a page does not fit its size; nothing outside the pages is read even then.
-  bool (*split)(const Attention& attention, int64_t head, int64_t split);
+  bool (*split)(const PageAttention& attention, int64_t head, int64_t split);
   // Joins the splits of a head.
-  void (*join)(const Attention& attention, int64_t head);
+  void (*join)(const PageAttention& attention, int64_t head);
 };
 
 namespace scalar {

@@ -9,7 +9,7 @@
 //   expand_pair(words, values, rows)      two rows from their bitmap words and the next values, which it moves on; where kPairs is true
 
 // Sixteen floats at a time, in loops that compilers turn into vectors.
-constexpr int64_t kLanes = 16, kPairsInBlock = kBlockTokens / 2;
+constexpr int64_t kWide = 16, kPairsInBlock = kBlockTokens / 2;
 
 // 2^x for x <= 0; 0 below -126; NaN stays NaN.
 static inline float exp2_of(float x) {
@@ -51,7 +51,7 @@ static const uint8_t* score(const uint8_t* block, int64_t rows, const typename T
   }
   for (int m = 0; m < M; ++m) {
     for (int u = 1; u < U; ++u) sum[m][0] = T::plus(sum[m][0], sum[m][u]);
-    T::store(scores + m * kSplit, sum[m][0]);
+    T::store(scores + m * kSplitTokens, sum[m][0]);
   }
   return values;
 }
@@ -62,17 +62,17 @@ static void mix(const uint8_t* block, int64_t groups, const typename T::X* p, fl
   for (int64_t g = 0; g < groups; g += G) {
     typename T::Sum sum[M][G];
     for (int m = 0; m < M; ++m)
-      for (int i = 0; i < G; ++i) sum[m][i] = T::load(sums + m * head_dim + (g + i) * kLanes);
+      for (int i = 0; i < G; ++i) sum[m][i] = T::load(sums + m * head_dim + (g + i) * kWide);
     for (int64_t pair = 0; pair < kPairsInBlock; ++pair) {
       for (int i = 0; i < G; ++i) {
         // In the order of addresses, not of use: steps of a whole pair are more than the hardware follows.
         T::ahead(block + (g * kPairsInBlock + pair * G + i) * kBlockRow);
         const typename T::Row row = T::row(block + (pair * groups + g + i) * kBlockRow);
-        for (int m = 0; m < M; ++m) sum[m][i] = T::add(sum[m][i], row, p + m * kSplit + 2 * pair);
+        for (int m = 0; m < M; ++m) sum[m][i] = T::add(sum[m][i], row, p + m * kSplitTokens + 2 * pair);
       }
     }
     for (int m = 0; m < M; ++m)
-      for (int i = 0; i < G; ++i) T::store(sums + m * head_dim + (g + i) * kLanes, sum[m][i]);
+      for (int i = 0; i < G; ++i) T::store(sums + m * head_dim + (g + i) * kWide, sum[m][i]);
   }
 }
 
@@ -82,7 +82,7 @@ static const uint8_t* mix_page(const uint8_t* page, int64_t groups, const typena
   const uint8_t* values = page + groups * kPairsInBlock * 4;
   for (int64_t g = 0; g < groups; ++g) {
     typename T::Sum sum[M];
-    for (int m = 0; m < M; ++m) sum[m] = T::load(sums + m * head_dim + g * kLanes);
+    for (int m = 0; m < M; ++m) sum[m] = T::load(sums + m * head_dim + g * kWide);
     typename T::Row row[kPairsInBlock];
     for (int pair = 0; pair < kPairsInBlock; pair += 2) {
       const int64_t at = g * kPairsInBlock + pair;
@@ -92,9 +92,9 @@ static const uint8_t* mix_page(const uint8_t* page, int64_t groups, const typena
         for (int i = 0; i < 2; ++i) row[pair + i] = T::row(page + (at + i) * kBlockRow);
       }
       for (int i = 0; i < 2; ++i)
-        for (int m = 0; m < M; ++m) sum[m] = T::add(sum[m], row[pair + i], p + m * kSplit + 2 * (pair + i));
+        for (int m = 0; m < M; ++m) sum[m] = T::add(sum[m], row[pair + i], p + m * kSplitTokens + 2 * (pair + i));
     }
-    for (int m = 0; m < M; ++m) T::store(sums + m * head_dim + g * kLanes, sum[m]);
+    for (int m = 0; m < M; ++m) T::store(sums + m * head_dim + g * kWide, sum[m]);
   }
   return values;
 }
@@ -118,7 +118,7 @@ struct Reader {
   int64_t page_bytes, count, head_dim;
   uint8_t* buffer;  // an expanded block, and a copy of a page that is too near the end of the pages
 
-  Reader(const Blocks& b, const Attention& a, const Span& span, int64_t head, uint8_t* buffer)
+  Reader(const Blocks& b, const PageAttention& a, const Span& span, int64_t head, uint8_t* buffer)
       : pages(b.pages + head / a.kv_heads * b.batch_stride + head % a.kv_heads * b.head_stride),
         tail(b.tail + head / a.kv_heads * b.tail_batch_stride + head % a.kv_heads * b.tail_head_stride),
         page_bytes(b.page_bytes),
@@ -156,12 +156,13 @@ struct Reader {
 
 // The scores of block number i for all rows. False if the bitmap of a page does not fit its size.
 template <typename T>
-static bool score_block(const Reader<T>& k, int64_t i, const Attention& a, const typename T::X* q, float* scores) {
+static bool score_tokens(const Reader<T>& k, int64_t i, const PageAttention& a, const typename T::X* q, float* scores) {
   const int64_t rows = block_rows(a.head_dim);
   if (!k.expanded(i)) {
     const uint8_t* block = k.at(i);
-    for_rows<T>(a.rows,
-                [&]<int M>(int64_t r) { score<T, M, From::memory>(block, rows, q + r * a.head_dim, a.head_dim, scores + r * kSplit); });
+    for_rows<T>(a.rows, [&]<int M>(int64_t r) {
+      score<T, M, From::memory>(block, rows, q + r * a.head_dim, a.head_dim, scores + r * kSplitTokens);
+    });
     return true;
   }
   if constexpr (T::kPairs) {
@@ -176,14 +177,15 @@ static bool score_block(const Reader<T>& k, int64_t i, const Attention& a, const
   const uint8_t* block = k.open(i);
   if (!block) return false;
   for_rows<T>(a.rows,
-              [&]<int M>(int64_t r) { score<T, M, From::buffer>(block, rows, q + r * a.head_dim, a.head_dim, scores + r * kSplit); });
+              [&]<int M>(int64_t r) { score<T, M, From::buffer>(block, rows, q + r * a.head_dim, a.head_dim, scores + r * kSplitTokens); });
   return true;
 }
 
-// Adds block number i of the values to all rows of sums, without tokens outside [begin, end). False as in score_block.
+// Adds block number i of the values to all rows of sums, without tokens outside [begin, end). False as in score_tokens.
 template <typename T>
-static bool mix_block(const Reader<T>& v, int64_t i, const Attention& a, int64_t begin, int64_t end, const typename T::X* p, float* sums) {
-  const int64_t d = a.head_dim, groups = d / kLanes;
+static bool mix_block(const Reader<T>& v, int64_t i, const PageAttention& a, int64_t begin, int64_t end, const typename T::X* p,
+                      float* sums) {
+  const int64_t d = a.head_dim, groups = d / kWide;
   const bool whole = i * kBlockTokens >= begin && (i + 1) * kBlockTokens <= end;
   if constexpr (T::kPairs) {
     if (v.expanded(i) && whole && a.rows <= T::kRows) {
@@ -204,17 +206,17 @@ static bool mix_block(const Reader<T>& v, int64_t i, const Attention& a, int64_t
       for (int64_t token = 0; token < 2; ++token) {
         const int64_t at = i * kBlockTokens + 2 * pair + token;
         if (at >= begin && at < end) continue;
-        for (int64_t j = 0; j < kLanes; ++j) std::memset(v.buffer + row * kBlockRow + j * 4 + token * 2, 0, 2);
+        for (int64_t j = 0; j < kWide; ++j) std::memset(v.buffer + row * kBlockRow + j * 4 + token * 2, 0, 2);
       }
     }
   }
   for_rows<T>(a.rows, [&]<int M>(int64_t r) {
     if (v.expanded(i)) {
-      mix_page<T, M, From::buffer>(block, groups, p + r * kSplit, sums + r * d, d);
+      mix_page<T, M, From::buffer>(block, groups, p + r * kSplitTokens, sums + r * d, d);
     } else if (groups % 2 == 0) {
-      mix<T, M, 2>(block, groups, p + r * kSplit, sums + r * d, d);
+      mix<T, M, 2>(block, groups, p + r * kSplitTokens, sums + r * d, d);
     } else {
-      mix<T, M, 1>(block, groups, p + r * kSplit, sums + r * d, d);
+      mix<T, M, 1>(block, groups, p + r * kSplitTokens, sums + r * d, d);
     }
   });
   return true;
@@ -227,15 +229,15 @@ static void probabilities(float* scores, X* p, int64_t begin, int64_t end, int64
   for (int64_t i = 0; i < width; ++i) scores[i] *= scale;
   std::fill(scores, scores + begin, none);
   std::fill(scores + end, scores + width, none);
-  float most[kLanes], sum[kLanes];
-  for (int j = 0; j < kLanes; ++j) most[j] = none, sum[j] = 0;
-  for (int64_t i = 0; i < width; i += kLanes)
-    for (int j = 0; j < kLanes; ++j) most[j] = most[j] < scores[i + j] ? scores[i + j] : most[j];
-  largest = *std::max_element(most, most + kLanes);
+  float most[kWide], sum[kWide];
+  for (int j = 0; j < kWide; ++j) most[j] = none, sum[j] = 0;
+  for (int64_t i = 0; i < width; i += kWide)
+    for (int j = 0; j < kWide; ++j) most[j] = most[j] < scores[i + j] ? scores[i + j] : most[j];
+  largest = *std::max_element(most, most + kWide);
   const float from = largest == none ? 0 : largest;
   for (int64_t i = 0; i < width; ++i) scores[i] = exp2_of(scores[i] - from);
-  for (int64_t i = 0; i < width; i += kLanes)
-    for (int j = 0; j < kLanes; ++j) sum[j] += scores[i + j];
+  for (int64_t i = 0; i < width; i += kWide)
+    for (int j = 0; j < kWide; ++j) sum[j] += scores[i + j];
   for (int64_t i = 0; i < width; ++i) {
     // To bf16, ties to even. NaN needs no care here: its lower half is zero.
     const uint32_t bits = float_bits(scores[i]), rounded = (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
@@ -245,18 +247,18 @@ static void probabilities(float* scores, X* p, int64_t begin, int64_t end, int64
       p[i] = bits_float(rounded << 16);
     }
   }
-  for (int64_t n = kLanes / 2; n > 0; n /= 2)
+  for (int64_t n = kWide / 2; n > 0; n /= 2)
     for (int64_t j = 0; j < n; ++j) sum[j] += sum[j + n];
   total = sum[0];
 }
 
 template <typename T>
-static bool attend_split(const Attention& a, int64_t head, int64_t split) {
+static bool attend_split(const PageAttention& a, int64_t head, int64_t split) {
   using X = typename T::X;
   const Span& span = a.spans[head];
   const int64_t d = a.head_dim, at = head * a.splits + split;
-  const int64_t begin = std::max(split * kSplit, span.first / kBlockTokens * kBlockTokens),
-                end = std::min((split + 1) * kSplit, span.tokens());
+  const int64_t begin = std::max(split * kSplitTokens, span.first / kBlockTokens * kBlockTokens),
+                end = std::min((split + 1) * kSplitTokens, span.tokens());
   float *sums = a.sums + at * a.rows * d, *largest = a.largest + at * a.rows, *total = a.total + at * a.rows;
   std::fill_n(sums, a.rows * d, 0.0f);
   if (begin >= end) {
@@ -265,7 +267,8 @@ static bool attend_split(const Attention& a, int64_t head, int64_t split) {
     return true;
   }
 
-  const int64_t q_bytes = round_up(a.rows * d * sizeof(X), 64), s_bytes = a.rows * kSplit * 4, p_bytes = a.rows * kSplit * sizeof(X);
+  const int64_t q_bytes = round_up(a.rows * d * sizeof(X), 64), s_bytes = a.rows * kSplitTokens * 4,
+                p_bytes = a.rows * kSplitTokens * sizeof(X);
   const std::unique_ptr<uint8_t[]> scratch(new uint8_t[q_bytes + s_bytes + p_bytes + Reader<T>::buffer_bytes(d) + 64]);
   uint8_t* buffer = scratch.get() + (-reinterpret_cast<uintptr_t>(scratch.get()) & 63);
   X* q = reinterpret_cast<X*>(buffer + Reader<T>::buffer_bytes(d));
@@ -283,14 +286,15 @@ static bool attend_split(const Attention& a, int64_t head, int64_t split) {
   const Reader<T> k(a.k, a, span, head, buffer), v(a.v, a, span, head, buffer);
   const int64_t first = begin / kBlockTokens, last = divide_up(end, kBlockTokens), width = (last - first) * kBlockTokens;
   for (int64_t i = first; i < last; ++i) {
-    if (!score_block<T>(k, i, a, q, scores + (i - first) * kBlockTokens)) return false;
+    if (!score_tokens<T>(k, i, a, q, scores + (i - first) * kBlockTokens)) return false;
   }
 
   for (int64_t r = 0; r < a.rows; ++r) {
     // A query does not see the tokens after its own.
     const int64_t seen = std::min(end, span.tokens() - a.length + 1 + r % a.length);
     const int64_t from = std::min(std::max(span.first - begin, int64_t{0}), width), to = std::max(seen - begin, from);
-    probabilities(scores + r * kSplit, p + r * kSplit, from, to, width, a.scale * 1.44269504088896340736f, largest[r], total[r]);
+    probabilities(scores + r * kSplitTokens, p + r * kSplitTokens, from, to, width, a.scale * 1.44269504088896340736f, largest[r],
+                  total[r]);
   }
 
   for (int64_t i = first; i < last; ++i) {
@@ -300,7 +304,7 @@ static bool attend_split(const Attention& a, int64_t head, int64_t split) {
 }
 
 template <typename T>
-static void join_splits(const Attention& a, int64_t head) {
+static void join_splits(const PageAttention& a, int64_t head) {
   const int64_t d = a.head_dim;
   const std::unique_ptr<float[]> joined(new float[d]);
   for (int64_t r = 0; r < a.rows; ++r) {

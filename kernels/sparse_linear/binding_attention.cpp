@@ -1,12 +1,11 @@
 // The ops of attention over pruned keys and values: checks, allocation, split of the work.
-#include "../common/binding.h"
-
 #include <algorithm>
 #include <atomic>
 #include <cmath>
 #include <vector>
 
 #include "attention.h"
+#include "work.h"
 
 namespace tce::sparse_linear {
 namespace {
@@ -132,7 +131,7 @@ std::tuple<Tensor, Tensor> attend(Tensor query, Tensor k_pages, Tensor v_pages, 
                     k_tail.size(2) * kBlockTokens, " tokens in the tail, got ", span.tail);
     STD_TORCH_CHECK(span.first >= 0 && span.first <= span.tokens(), op, ": spans must begin with a token from 0 to ", span.tokens(),
                     ", got ", span.first);
-    splits = std::max(splits, divide_up(span.tokens(), kSplit));
+    splits = std::max(splits, divide_up(span.tokens(), kSplitTokens));
     bytes += span.pages * (k.page_bytes + v.page_bytes) + span.tail * 4 * d;
   }
 
@@ -142,23 +141,23 @@ std::tuple<Tensor, Tensor> attend(Tensor query, Tensor k_pages, Tensor v_pages, 
   const int64_t parts = heads * splits * rows;
   const Scratch scratch(parts * (d + 2) * 4);
   float* sums = reinterpret_cast<float*>(scratch.get());
-  const Attention attention{heads,
-                            kv_heads,
-                            d,
-                            rows,
-                            length,
-                            static_cast<float>(scale),
-                            k,
-                            v,
-                            checked.data(),
-                            query.const_data_ptr(),
-                            type,
-                            splits,
-                            sums,
-                            sums + parts * d,
-                            sums + parts * (d + 1),
-                            out.mutable_data_ptr(),
-                            static_cast<float*>(lse.mutable_data_ptr())};
+  const PageAttention attention{heads,
+                                kv_heads,
+                                d,
+                                rows,
+                                length,
+                                static_cast<float>(scale),
+                                k,
+                                v,
+                                checked.data(),
+                                query.const_data_ptr(),
+                                type,
+                                splits,
+                                sums,
+                                sums + parts * d,
+                                sums + parts * (d + 1),
+                                out.mutable_data_ptr(),
+                                static_cast<float*>(lse.mutable_data_ptr())};
   const AttentionVariant& kernel = kAttention.get();
   const int64_t threads = bytes < kSerialBytes ? 1 : torch::stable::get_num_threads();
   std::atomic<bool> intact{true};

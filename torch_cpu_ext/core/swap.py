@@ -67,6 +67,7 @@ class Replacement(nn.Module):
 
     technique: str = ""
     classes: ClassVar[dict[str, type["Replacement"]]] = {}  # by name, for checkpoints
+    elsewhere: ClassVar[dict[str, str]] = {"FusedDecoder": "torch_cpu_ext.integrations.decoder"}  # those whose module needs an extra
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -85,8 +86,8 @@ class Replacement(nn.Module):
         raise NotImplementedError
 
     @classmethod
-    def from_spec(cls, values: dict[str, Any]) -> "Replacement":
-        """A module without weights, from what `spec` gave."""
+    def from_spec(cls, values: dict[str, Any], module: nn.Module) -> "Replacement":
+        """A replacement of ``module`` without weights, from what `spec` gave."""
         raise NotImplementedError
 
 

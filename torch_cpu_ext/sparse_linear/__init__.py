@@ -1,5 +1,6 @@
 """sparse_linear: pruned, low-precision Linear layers that read fewer bytes of weights (SparAMX, arXiv:2502.12444)."""
 
+from . import decode as _decode  # noqa: F401  (registers its op)
 from .attention import attend, compress_kv, expand_kv, from_blocks, page_bytes, to_blocks
 from .config import SparseLinearConfig
 from .modules import SparseLinear

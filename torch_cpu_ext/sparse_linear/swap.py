@@ -31,11 +31,13 @@ def swap_linear(
     Returns:
         ``model``, or its replacement if it was itself an ``nn.Linear``.
     Raises:
-        ValueError: a weight has NaN or infinities where pruning or int8 need numbers; the message names the module.
+        ValueError: a weight has NaN or infinities where pruning or codes need numbers; the message names the module.
     """
     config = config or SparseLinearConfig()
     chosen = select(model, nn.Linear, filter_fn, include, exclude)
     shared = shared_parameters(model)
+    find_head = getattr(model, "get_output_embeddings", None)
+    head = find_head() if find_head else None
 
     def make(name: str, linear: nn.Module) -> nn.Module | str:
         assert isinstance(linear, nn.Linear)
@@ -48,8 +50,13 @@ def swap_linear(
         if any(getattr(linear, f"_{kind}_hooks") for kind in ("forward", "forward_pre", "backward", "backward_pre")):
             return "it has hooks, which would be lost (torch.nn.utils.prune.remove makes pruning permanent)"
         try:
-            return SparseLinear.from_linear(linear, config, tied=id(linear.weight) in shared)
+            return SparseLinear.from_linear(linear, config.for_head() if linear is head else config, tied=id(linear.weight) in shared)
         except ValueError as error:
             raise ValueError(f"{name or '(model)'}: {error}") from error
 
-    return replace(model, chosen, make, "sparse_linear: packing")
+    model = replace(model, chosen, make, "sparse_linear: packing")
+    if config.fuse and any(type(module).__module__.startswith("transformers.models.") for module in model.modules()):
+        from ..integrations.decoder import fuse
+
+        model = fuse(model)
+    return model
