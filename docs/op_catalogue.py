@@ -2,6 +2,7 @@
 
 import importlib
 import inspect
+import pkgutil
 import re
 from typing import ClassVar
 
@@ -19,14 +20,15 @@ def wrapper(op: Op) -> tuple[str, str]:
         LookupError: the technique has no public function that calls it.
     """
     technique = f"torch_cpu_ext.{op.technique}"
-    module = importlib.import_module(technique)
-    for name, function in inspect.getmembers(module, inspect.isfunction):
-        if name not in module.__all__:
+    package = importlib.import_module(technique)
+    modules = [importlib.import_module(f"{technique}.{found.name}") for found in pkgutil.iter_modules(package.__path__)]
+    for name, function in (member for module in modules for member in inspect.getmembers(module, inspect.isfunction)):
+        if name.startswith("_"):
             continue
         if re.search(rf"torch\.ops\.{NAMESPACE}\.{op.name}\(", inspect.getsource(function)):
             summary = (inspect.getdoc(function) or "").split("\n\n")[0]
             return f"{technique}.{name}", " ".join(summary.split())
-    raise LookupError(f"{module.__name__} has no public function that calls {op.name}")
+    raise LookupError(f"{technique} has no public function that calls {op.name}")
 
 
 class OpCatalogue(SphinxDirective):
