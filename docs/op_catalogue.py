@@ -2,6 +2,7 @@
 
 import importlib
 import inspect
+import pkgutil
 import re
 from typing import ClassVar
 
@@ -16,17 +17,18 @@ def wrapper(op: Op) -> tuple[str, str]:
     """Name and first docstring sentence of the typed function that calls an op.
 
     Raises:
-        LookupError: the technique's ``ops.py`` has no public function that calls it.
+        LookupError: the technique has no public function that calls it.
     """
     technique = f"torch_cpu_ext.{op.technique}"
-    module = importlib.import_module(f"{technique}.ops")
-    for name, function in inspect.getmembers(module, inspect.isfunction):
-        if name.startswith("_") or function.__module__ != module.__name__:
+    package = importlib.import_module(technique)
+    modules = [importlib.import_module(f"{technique}.{found.name}") for found in pkgutil.iter_modules(package.__path__)]
+    for name, function in (member for module in modules for member in inspect.getmembers(module, inspect.isfunction)):
+        if name.startswith("_"):
             continue
         if re.search(rf"torch\.ops\.{NAMESPACE}\.{op.name}\(", inspect.getsource(function)):
             summary = (inspect.getdoc(function) or "").split("\n\n")[0]
             return f"{technique}.{name}", " ".join(summary.split())
-    raise LookupError(f"{module.__name__} has no public function that calls {op.name}")
+    raise LookupError(f"{technique} has no public function that calls {op.name}")
 
 
 class OpCatalogue(SphinxDirective):

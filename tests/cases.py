@@ -678,4 +678,340 @@ def _few_check() -> list[Sample]:
 
 _CHECK = Case(op="sparse_linear_check", samples=_check_samples, few=_few_check, bad=_wrong_packed("sparse_linear_check"))
 
-CASES: dict[str, Case] = {case.op: case for case in (_LINEAR, _PACK, _UNPACK, _CHECK)}
+
+# --------------------------------------------------------------------------------------------------------------- sparse_linear, attention
+# Blocks and pages written as the drawings in kernels/common/kv_block.h and kernels/sparse_linear/attention.h read; softmax in float64.
+
+
+def prune(x: Tensor, keep: int) -> np.ndarray:
+    """bf16 values as float32, all but the `keep` largest of each vector zero; and which those are."""
+    x = round_bf16(numpy32(x))
+    order = np.argsort(-np.abs(np.where(np.isnan(x), np.inf, x)), -1, kind="stable")
+    mask = np.zeros(x.shape, bool)
+    np.put_along_axis(mask, order[..., :keep], True, -1)
+    return np.stack([np.where(mask, x, 0), mask])
+
+
+def page_by_hand(x: np.ndarray, mask: np.ndarray, kind: str) -> bytes:
+    """Sixteen vectors of d elements."""
+    d, keep = x.shape[1], int(mask[0].sum())
+    bits = (np.ascontiguousarray(x, np.float32).view(np.uint32) >> 16).astype(np.uint16)
+    dense = 2 * d + 32 * keep >= 32 * d
+    rows = []
+    if kind == "key":
+        rows = [[(t, 2 * i + j) for t in range(16) for j in (0, 1)] for i in range(d // 2)]
+    else:
+        pairs, groups = range(8), range(d // 16)
+        order = [(p, g) for p in pairs for g in groups] if dense else [(p, g) for g in groups for p in pairs]
+        rows = [[(2 * p + j, 16 * g + i) for i in range(16) for j in (0, 1)] for p, g in order]
+    tokens, elements = np.array(rows).reshape(-1, 2).T
+    values, kept = bits[tokens, elements], mask[tokens, elements]
+    return values.tobytes() if dense else np.packbits(kept, bitorder="little").tobytes() + values[kept].tobytes()
+
+
+def compress_sample(x: Tensor, kind: str, sparsity: float) -> Sample:
+    def expected() -> tuple[Tensor, float]:
+        values, mask = prune(x, round((1 - sparsity) * x.shape[3]))
+        pages = [
+            [
+                [page_by_hand(values[b, h, t : t + 16], mask[b, h, t : t + 16] != 0, kind) for t in range(0, x.shape[2], 16)]
+                for h in range(x.shape[1])
+            ]
+            for b in range(x.shape[0])
+        ]
+        size = min(2 * x.shape[3] + 32 * round((1 - sparsity) * x.shape[3]), 32 * x.shape[3])
+        flat = b"".join(page for rows in pages for heads in rows for page in heads)
+        array = torch.frombuffer(bytearray(flat), dtype=torch.uint8) if flat else torch.empty(0, dtype=torch.uint8)
+        return array.view(x.shape[0], x.shape[1], x.shape[2] // 16, size), 0
+
+    return Sample(f"{kind} {tuple(x.shape)} {x.dtype} {sparsity}", {"x": x, "kind": kind, "sparsity": sparsity}, functools.cache(expected))
+
+
+KV_SHAPES = (
+    (1, 1, 16, 16),
+    (2, 3, 32, 64),
+    (1, 2, 48, 80),
+    (1, 1, 32, 96),
+    (3, 1, 16, 128),
+    (1, 1, 16, 256),
+    (0, 2, 16, 32),
+    (1, 2, 0, 32),
+)
+
+
+def random_kv(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
+    """Normal numbers, some of which are equal in magnitude or zero."""
+    x = torch.randn(shape, generator=generator)
+    equal = torch.rand(shape, generator=generator)
+    return torch.where(equal < 0.1, x.sign(), torch.where(equal < 0.15, torch.zeros(()), x))
+
+
+@functools.cache
+def _compress_samples() -> list[Sample]:
+    generator, kinds = torch.Generator().manual_seed(9), itertools.cycle(FLOATS.values())
+    return [
+        compress_sample(random_kv(shape, generator).to(next(kinds)), kind, sparsity)
+        for shape, kind, sparsity in itertools.product(KV_SHAPES, ("key", "value"), (0.0, 0.05, 0.0625, 0.3, 0.5, 0.9))
+    ]
+
+
+@functools.cache
+def _few_compress() -> list[Sample]:
+    generator = torch.Generator().manual_seed(10)
+    return [
+        compress_sample(random_kv((1, 2, 32, 32), generator), "key", 0.3),
+        compress_sample(random_kv((2, 1, 16, 48), generator).bfloat16(), "value", 0.5),
+    ]
+
+
+_COMPRESS = Case(
+    op="sparse_linear_compress_kv",
+    samples=_compress_samples,
+    few=_few_compress,
+    strided=("x",),
+    bad=[
+        *_wrong_types("sparse_linear_compress_kv", "x"),
+        Bad("sparse_linear_compress_kv: x must be 4-D (batch, KV heads, tokens, head_dim), got 3-D", replaced(x=lambda x: x[0])),
+        Bad("sparse_linear_compress_kv: head_dim must be a positive multiple of 16, got 31", replaced(x=lambda x: x[..., 1:])),
+        Bad("sparse_linear_compress_kv: head_dim must be a positive multiple of 16, got 0", replaced(x=lambda x: x[..., :0])),
+        Bad("sparse_linear_compress_kv: x must have a multiple of 16 tokens, got 31", replaced(x=lambda x: x[:, :, 1:])),
+        Bad("sparse_linear_compress_kv: kind must be key or value, got keys", replaced(kind="keys")),
+        *(
+            Bad(
+                f"sparse_linear_compress_kv: sparsity must be at least 0 and leave one element a vector, got {value:g}",
+                replaced(sparsity=value),
+            )
+            for value in (-0.5, 1.0, 0.99, 2.0)
+        ),
+    ],
+)
+
+
+def _wrong_pages(op: str, argument: str, d: int) -> list[Bad]:
+    shape = f"{op}: {argument} must be a 4-D uint8 tensor (batch, KV heads, pages, bytes), got "
+    size = f"{op}: {argument} must have pages of a size that fits head_dim {d}, got "
+    return [
+        Bad(shape + "3-D Byte", replaced(**{argument: lambda p: p[0]})),
+        Bad(shape + "4-D Char", replaced(**{argument: lambda p: p.view(torch.int8)})),
+        Bad(size + f"{2 * d} bytes", replaced(**{argument: lambda p: p[..., : 2 * d]})),
+        Bad(size + f"{2 * d + 33} bytes", replaced(**{argument: lambda p: p[..., : 2 * d + 33]})),
+        Bad(size + f"{32 * d + 32} bytes", replaced(**{argument: lambda p: torch.zeros((*p.shape[:3], 32 * d + 32), dtype=torch.uint8)})),
+    ]
+
+
+def expand_sample(x: Tensor, kind: str, sparsity: float) -> Sample:
+    pages = torch.ops.torch_cpu_ext.sparse_linear_compress_kv(x, kind=kind, sparsity=sparsity)
+    expected = functools.cache(lambda: (torch.from_numpy(prune(x, round((1 - sparsity) * x.shape[3]))[0]).bfloat16(), 0.0))
+    return Sample(f"{kind} {tuple(x.shape)} {sparsity}", {"pages": pages, "kind": kind, "head_dim": x.shape[3]}, expected)
+
+
+@functools.cache
+def _expand_samples() -> list[Sample]:
+    generator = torch.Generator().manual_seed(11)
+    return [
+        expand_sample(random_kv(shape, generator), kind, sparsity)
+        for shape, kind, sparsity in itertools.product(KV_SHAPES, ("key", "value"), (0.0, 0.3, 0.5, 0.9))
+    ]
+
+
+@functools.cache
+def _few_expand() -> list[Sample]:
+    generator = torch.Generator().manual_seed(12)
+    return [expand_sample(random_kv((1, 2, 32, 32), generator), kind, sparsity) for kind, sparsity in (("key", 0.3), ("value", 0.5))]
+
+
+_EXPAND = Case(
+    op="sparse_linear_expand_kv",
+    samples=_expand_samples,
+    few=_few_expand,
+    bad=[
+        *_wrong_pages("sparse_linear_expand_kv", "pages", 32),
+        Bad("sparse_linear_expand_kv: kind must be key or value, got ", replaced(kind="")),
+        Bad("sparse_linear_expand_kv: head_dim must be a positive multiple of 16, got 24", replaced(head_dim=24)),
+        Bad("sparse_linear_expand_kv: head_dim must be a positive multiple of 16, got -16", replaced(head_dim=-16)),
+        Bad(
+            "sparse_linear_expand_kv: pages must be intact, got a page whose bitmap does not fit its size",
+            replaced(pages=lambda p: torch.zeros_like(p)),
+            traced=False,
+        ),
+    ],
+)
+
+
+def softmax_attention(query: Tensor, k: np.ndarray, v: np.ndarray, spans: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    """Output and logarithms of the sums, flattened one after the other, in float64, and a bound on the errors of any order of float32 sums.
+
+    ``k`` and ``v`` hold all tokens of all heads, those of the pages first; between them and the tail there may be unused ones.
+    """
+    batch, heads, length, d = query.shape
+    group, used = heads // k.shape[1], k.shape[2]
+    q = round_bf16(numpy32(query)).astype(np.float64)
+    out, out_bound = np.zeros(query.shape), np.zeros(query.shape)
+    lse, lse_bound = np.full(query.shape[:3], -np.inf), np.zeros(query.shape[:3])
+    for b, h in itertools.product(range(batch), range(heads)):
+        first, total = int(spans[b, h // group, 0]), int(16 * spans[b, h // group, 1] + spans[b, h // group, 2])
+        assert total <= used
+        for row in range(length):
+            seen = slice(first, max(first, total - length + 1 + row))
+            keys, values = (t[b, h // group, seen].astype(np.float64) for t in (k, v))
+            if not len(keys):
+                continue
+            scores = keys @ q[b, h, row] * scale
+            wrong = float((abs(scale) * (np.abs(keys) @ np.abs(q[b, h, row])) * (d + 8)).max()) * 2.0**-24 + 2.0**-22 * np.abs(scores).max()
+            largest = scores.max()
+            p = np.exp(scores - largest)
+            lse[b, h, row] = largest + np.log(p.sum())
+            lse_bound[b, h, row] = wrong + (len(p) + 16) * 2.0**-24 + 2.0**-22 * (1 + abs(lse[b, h, row]))
+            p /= p.sum()
+            out[b, h, row] = p @ values
+            # Probabilities are rounded to bfloat16; their scores are off, and so is the sum they are divided by.
+            out_bound[b, h, row] = (p @ np.abs(values)) * 1.05 * (2.0**-8 + 2 * wrong + (2 * len(p) + 32) * 2.0**-24) + 2.0**-100
+    out_bound += _UNIT[query.dtype] * (np.abs(out) + out_bound) + _TINY[query.dtype]
+    return tuple(torch.from_numpy(np.concatenate([a.reshape(-1), c.reshape(-1)])) for a, c in ((out, lse), (out_bound, lse_bound)))
+
+
+def attend_sample(
+    shape: tuple[int, int, int, int],
+    group: int,
+    pages: int,
+    blocks: int,
+    sparsity: tuple[float, float],
+    spans: Any,
+    kind: torch.dtype,
+    seed: int,
+    junk: bool = True,
+) -> Sample:
+    """``shape``: batch, KV heads, queries, head_dim; ``spans``: of every head, or a tensor; ``junk``: NaN where no token is."""
+    batch, heads, length, d = shape
+    generator = torch.Generator().manual_seed(seed)
+    paged = [torch.randn(batch, heads, 16 * pages, d, generator=generator) for _ in range(2)]
+    dense = [torch.randn(batch, heads, 16 * blocks, d, generator=generator) for _ in range(2)]
+    query = (2 * torch.randn(batch, heads * group, length, d, generator=generator)).to(kind)
+    spans = spans if isinstance(spans, Tensor) else torch.tensor(spans).repeat(batch, heads, 1)
+    unused = torch.arange(16 * blocks) >= spans[..., 2:] if junk else torch.zeros(batch, heads, 16 * blocks, dtype=torch.bool)
+    names = ("key", "value")
+    op = torch.ops.torch_cpu_ext.sparse_linear_compress_kv
+    k_pages, v_pages = (op(x, kind=name, sparsity=s) for x, name, s in zip(paged, names, sparsity, strict=True))
+    tails = [x.masked_fill(unused[..., None], float("nan")).bfloat16() for x in dense]
+    k_tail = tails[0].unflatten(2, (-1, 16)).unflatten(4, (-1, 2)).transpose(3, 4).contiguous()
+    v_tail = tails[1].unflatten(2, (-1, 8, 2)).transpose(4, 5).contiguous()
+
+    def expected() -> tuple[Tensor, Tensor]:
+        k, v = (np.zeros((batch, heads, 16 * (pages + blocks), d), np.float32) for _ in range(2))
+        for target, page, tail, s in ((k, paged[0], dense[0], sparsity[0]), (v, paged[1], dense[1], sparsity[1])):
+            for b, h in itertools.product(range(batch), range(heads)):
+                _, used, rest = spans[b, h].tolist()
+                target[b, h, : 16 * used] = prune(page[b, h, : 16 * used], round((1 - s) * d))[0]
+                target[b, h, 16 * used : 16 * used + rest] = round_bf16(numpy32(tail[b, h, :rest]))
+        return softmax_attention(query, k, v, spans, d**-0.5)
+
+    args = {"query": query, "k_pages": k_pages, "v_pages": v_pages, "k_tail": k_tail, "v_tail": v_tail, "spans": spans, "scale": d**-0.5}
+    return Sample(
+        f"{shape} group={group} pages={pages} blocks={blocks} {sparsity} {spans[:1, :1].tolist()} {kind}", args, functools.cache(expected)
+    )
+
+
+@functools.cache
+def _attend_samples() -> list[Sample]:
+    kinds, seeds = itertools.cycle(FLOATS.values()), itertools.count(20)
+    samples = []
+    for d, group in itertools.product((16, 48, 64, 80, 96, 128, 256), (1, 2, 3, 4, 5, 8, 16)):
+        for sparsity, pages, blocks, spans in (
+            ((0.3, 0.5), 3, 2, (0, 3, 21)),
+            ((0.0, 0.7), 2, 1, (3, 2, 1)),
+            ((0.5, 0.0), 1, 3, (16, 1, 33)),
+            ((0.3, 0.5), 4, 0, (0, 4, 0)),
+        ):
+            length = 1 + next(seeds) % 3
+            samples.append(attend_sample((1, 2, length, d), group, pages, blocks, sparsity, spans, next(kinds), next(seeds)))
+    for length in range(1, 9):  # causal among the queries, also where a page or the padding ends between them
+        for spans in ((0, 1, 17), (5, 1, 3), (17, 1, 4), (20, 1, 4)):
+            samples.append(attend_sample((2, 1, length, 32), 2, 1, 2, (0.3, 0.5), spans, next(kinds), next(seeds)))
+    for pages, tail in ((31, 16), (32, 0), (32, 1), (33, 40), (64, 5), (70, 0)):  # around the splits of 512 tokens
+        for first in (0, 490, 511, 512):
+            samples.append(attend_sample((1, 2, 2, 32), 3, pages, 3, (0.3, 0.5), (first, pages, tail), next(kinds), next(seeds)))
+    ragged = torch.tensor([[[0, 5, 3], [40, 2, 20], [0, 0, 0]], [[7, 0, 9], [80, 5, 0], [0, 5, 32]]])
+    for sparsity in ((0.3, 0.5), (0.0, 0.0), (0.9, 0.9)):
+        samples.append(attend_sample((2, 3, 3, 64), 3, 5, 2, sparsity, ragged, next(kinds), next(seeds)))
+    for shape in ((0, 2, 1, 32), (2, 1, 0, 32)):
+        samples.append(attend_sample(shape, 2, 1, 1, (0.3, 0.5), (0, 1, 1), torch.float32, next(seeds)))
+    samples.append(attend_sample((1, 1, 2, 32), 2, 0, 0, (0.3, 0.5), (0, 0, 0), torch.float32, next(seeds)))
+    return samples
+
+
+@functools.cache
+def _few_attend() -> list[Sample]:
+    return [
+        attend_sample((1, 2, 2, 32), 3, 3, 2, (0.3, 0.5), (5, 3, 20), torch.float32, 1, junk=False),
+        attend_sample((2, 1, 1, 48), 1, 2, 1, (0.5, 0.0), (0, 2, 16), torch.bfloat16, 2, junk=False),
+    ]
+
+
+def _wrong_tail(argument: str, inner: str, swapped: str) -> list[Bad]:
+    op = "sparse_linear_attend"
+    return [
+        Bad(f"{op}: {argument} must be a 6-D bfloat16 tensor of blocks, got 5-D BFloat16", replaced(**{argument: lambda t: t[0]})),
+        Bad(f"{op}: {argument} must be a 6-D bfloat16 tensor of blocks, got 6-D Float", replaced(**{argument: lambda t: t.float()})),
+        Bad(
+            f"{op}: {argument} must be (1, 2, blocks, {inner}, 2), got (1, 2, blocks, {swapped}, 2)",
+            replaced(**{argument: lambda t: t.transpose(3, 4)}),
+        ),
+        Bad(
+            f"{op}: {argument} must be (1, 2, blocks, {inner}, 2), got (1, 1, blocks, {inner}, 2)",
+            replaced(**{argument: lambda t: t[:, 1:]}),
+        ),
+    ]
+
+
+def _spans(index: int, value: int) -> Callable[[Tensor], Tensor]:
+    return lambda spans: spans.clone().index_fill_(2, torch.tensor([index]), value)
+
+
+_ATTEND = Case(
+    op="sparse_linear_attend",
+    samples=_attend_samples,
+    few=_few_attend,
+    strided=("query", "k_tail", "v_tail"),
+    bad=[
+        *_wrong_types("sparse_linear_attend", "query"),
+        Bad("sparse_linear_attend: query must be 4-D (batch, heads, length, head_dim), got 3-D", replaced(query=lambda q: q[0])),
+        Bad("sparse_linear_attend: head_dim must be a positive multiple of 16, got 31", replaced(query=lambda q: q[..., 1:])),
+        Bad("sparse_linear_attend: query must have a multiple of the 2 KV heads, got 5", replaced(query=lambda q: q[:, 1:])),
+        Bad("sparse_linear_attend: query must have a multiple of the 0 KV heads, got 6", replaced(k_pages=lambda p: p[:, :0])),
+        *_wrong_pages("sparse_linear_attend", "k_pages", 32),
+        *_wrong_pages("sparse_linear_attend", "v_pages", 32),
+        Bad(
+            "sparse_linear_attend: v_pages must have batch 1 and 2 KV heads, got 1 and 1",
+            replaced(v_pages=lambda p: p[:, 1:]),
+        ),
+        Bad("sparse_linear_attend: v_pages must have as many pages as k_pages, 3, got 2", replaced(v_pages=lambda p: p[:, :, 1:])),
+        *_wrong_tail("k_tail", "16, 16", "16, 16")[:2],
+        *_wrong_tail("v_tail", "8, 32", "32, 8"),
+        _wrong_tail("k_tail", "16, 16", "16, 16")[3],
+        Bad("sparse_linear_attend: v_tail must have as many blocks as k_tail, 2, got 1", replaced(v_tail=lambda t: t[:, :, 1:])),
+        Bad(
+            "sparse_linear_attend: spans must be an int64 tensor of shape (1, 2, 3), got 3-D Int with 6 elements",
+            replaced(spans=lambda s: s.int()),
+        ),
+        Bad(
+            "sparse_linear_attend: spans must be an int64 tensor of shape (1, 2, 3), got 3-D Long with 3 elements",
+            replaced(spans=lambda s: s[:, 1:]),
+        ),
+        Bad("sparse_linear_attend: spans must have at most 3 pages, got 4", replaced(spans=_spans(1, 4)), traced=False),
+        Bad("sparse_linear_attend: spans must have at most 3 pages, got -1", replaced(spans=_spans(1, -1)), traced=False),
+        Bad("sparse_linear_attend: spans must have at most 32 tokens in the tail, got 33", replaced(spans=_spans(2, 33)), traced=False),
+        Bad("sparse_linear_attend: spans must have at most 32 tokens in the tail, got -1", replaced(spans=_spans(2, -1)), traced=False),
+        Bad("sparse_linear_attend: spans must begin with a token from 0 to 68, got 69", replaced(spans=_spans(0, 69)), traced=False),
+        Bad("sparse_linear_attend: spans must begin with a token from 0 to 68, got -1", replaced(spans=_spans(0, -1)), traced=False),
+        *(
+            Bad(
+                "sparse_linear_attend: pages must be intact, got a page whose bitmap does not fit its size",
+                replaced(**{argument: lambda p, value=value: torch.full_like(p, value)}),
+                traced=False,
+            )
+            for argument, value in itertools.product(("k_pages", "v_pages"), (0, 255))
+        ),
+    ],
+)
+
+CASES: dict[str, Case] = {case.op: case for case in (_LINEAR, _PACK, _UNPACK, _CHECK, _COMPRESS, _EXPAND, _ATTEND)}

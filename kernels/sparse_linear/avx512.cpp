@@ -8,6 +8,7 @@
 
 #include <immintrin.h>
 
+#include "attention.h"
 #include "decode.h"
 #include "sparse_linear.h"
 #include "../common/region_avx512.h"
@@ -16,6 +17,8 @@ namespace tce::sparse_linear::avx512 {
 
 #include "sparse_linear.inl"
 #include "avx512.inl"
+#include "attention.inl"
+#include "attention_avx512.inl"
 #include "int4.inl"
 #include "decode.inl"
 
@@ -148,6 +151,7 @@ struct Int4 {
 Variant fp32() { return variant<Fp32>(); }
 Variant bf16() { return variant<Bf16>(); }
 Variant int8() { return variant<Int8>(); }
+AttentionVariant attention() { return attention_variant<Attended<Bf16>>(); }
 Variant int4() { return int4_variant<Int4>(); }
 
 }  // namespace tce::sparse_linear::avx512

@@ -7,6 +7,7 @@
 
 #include <immintrin.h>
 
+#include "attention.h"
 #include "sparse_linear.h"
 #include "../common/region_avx512_bf16.h"
 
@@ -15,6 +16,9 @@ namespace tce::sparse_linear::avx512_bf16 {
 #include "sparse_linear.inl"
 #include "avx512.inl"
 #include "vbmi2.inl"
+#include "attention.inl"
+#include "attention_avx512.inl"
+#include "attention_vbmi2.inl"
 
 struct Bf16 : Floats<Bf16> {
   static constexpr DType dtype = DType::bf16;
@@ -28,6 +32,7 @@ struct Bf16 : Floats<Bf16> {
 };
 
 Variant bf16() { return variant<Bf16>(); }
+AttentionVariant attention() { return attention_variant<AttendedPairs<Bf16>>(); }
 
 }  // namespace tce::sparse_linear::avx512_bf16
 

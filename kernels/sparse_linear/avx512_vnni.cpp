@@ -7,6 +7,7 @@
 
 #include <immintrin.h>
 
+#include "attention.h"
 #include "sparse_linear.h"
 #include "../common/region_avx512_vnni.h"
 
@@ -15,6 +16,9 @@ namespace tce::sparse_linear::avx512_vnni {
 #include "sparse_linear.inl"
 #include "avx512.inl"
 #include "vbmi2.inl"
+#include "attention.inl"
+#include "attention_avx512.inl"
+#include "attention_vbmi2.inl"
 #include "int4.inl"
 
 struct Bf16 : Floats<Bf16> {
@@ -249,6 +253,7 @@ struct Int4 {
 
 Variant bf16() { return variant<Bf16>(); }
 Variant int8() { return variant<Int8>(); }
+AttentionVariant attention() { return attention_variant<AttendedPairs<Bf16>>(); }
 Variant int4() { return int4_variant<Int4>(); }
 
 }  // namespace tce::sparse_linear::avx512_vnni

@@ -32,8 +32,10 @@ def split(case: Case, args: Args) -> tuple[list, dict]:
 
 
 def call(case: Case, args: Args, function=None):
+    """The result; several ones as a single vector."""
     positional, keyword = split(case, args)
-    return (function or op(case))(*positional, **keyword)
+    result = (function or op(case))(*positional, **keyword)
+    return result if isinstance(result, Tensor) else torch.cat([one.double().flatten() for one in result])
 
 
 BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}

@@ -1,6 +1,7 @@
 """sparse_linear: pruned, low-precision Linear layers that read fewer bytes of weights (SparAMX, arXiv:2502.12444)."""
 
 from . import decode as _decode  # noqa: F401  (registers its op)
+from .attention import attend, compress_kv, expand_kv, from_blocks, page_bytes, to_blocks
 from .calibration import calibration_from_text
 from .config import SparseLinearConfig
 from .grid import QuantizationGrid
@@ -20,14 +21,20 @@ __all__ = [
     "QuantizationGrid",
     "SparseLinear",
     "SparseLinearConfig",
+    "attend",
     "calibration_from_text",
     "check",
+    "compress_kv",
+    "expand_kv",
+    "from_blocks",
     "kernel_info",
     "linear",
     "magnitude_mask",
     "pack",
+    "page_bytes",
     "prune",
     "swap_linear",
+    "to_blocks",
     "unpack",
     "wanda_mask",
 ]
