@@ -232,7 +232,7 @@ class Decoder {
   }
 
   uint16_t* block_of(int64_t layer, int64_t which, int64_t b, int64_t head) const {
-    return kv_ + (((layer * 2 + which) * s_.batch + b) * s_.kv_heads + head) * s_.blocks * kTokens * s_.dim;
+    return kv_ + (((layer * 2 + which) * s_.batch + b) * s_.kv_heads + head) * s_.blocks * kBlockTokens * s_.dim;
   }
 
   // Norms, if there are, and rotates the queries and keys; writes keys and values to the cache.
@@ -241,7 +241,7 @@ class Decoder {
     const int64_t dim = s_.dim, half = dim / 2, group = s_.heads / s_.kv_heads;
     for (int64_t b = 0; b < s_.batch; ++b) {
       for (int64_t t = 0; t < s_.tokens; ++t) {
-        const int64_t row = b * s_.tokens + t, slot = length_ + t, in_block = slot % kTokens;
+        const int64_t row = b * s_.tokens + t, slot = length_ + t, in_block = slot % kBlockTokens;
         const float *cos = cos_ + positions_[row] * half, *sin = sin_ + positions_[row] * half;
         for (int64_t h = 0; h < s_.heads; ++h) {
           float* q = q_.data() + (row * s_.heads + h) * dim;
@@ -256,11 +256,10 @@ class Decoder {
           if (k_norm) steps_.rms_norm(k, k_norm, epsilon_, dim, k);
           steps_.rotate(k, cos, sin, dim);
           const float* v = v_.data() + (row * s_.kv_heads + h) * dim;
-          uint16_t* keys = block_of(layer, 0, b, h) + (slot - in_block) * dim;
-          uint16_t* values = block_of(layer, 1, b, h) + (slot - in_block) * dim + in_block / 2 * 2 * dim;
+          uint16_t *keys = block_of(layer, 0, b, h) + (slot - in_block) * dim, *values = block_of(layer, 1, b, h) + (slot - in_block) * dim;
           for (int64_t d = 0; d < dim; ++d) {
-            keys[d / 2 * 2 * kTokens + in_block * 2 + d % 2] = float_to_bf16(k[d]);
-            values[d * 2 + in_block % 2] = float_to_bf16(v[d]);
+            keys[key_place(in_block, d)] = float_to_bf16(k[d]);
+            values[value_place(in_block, d, dim)] = float_to_bf16(v[d]);
           }
         }
       }
@@ -347,7 +346,7 @@ Tensor decode(Tensor hidden, Tensor arena, Tensor vectors, Tensor plan, Tensor c
   check_long(plan, "plan", plan.numel());
   const int64_t layers = plan.size(0) - 1;
   STD_TORCH_CHECK(kv.dim() == 7 && kv.scalar_type() == ScalarType::BFloat16 && kv.is_contiguous() && kv.is_cpu() && kv.size(0) == layers &&
-                      kv.size(1) == 2 && kv.size(2) == s.batch && kv.size(5) == kTokens,
+                      kv.size(1) == 2 && kv.size(2) == s.batch && kv.size(5) == kBlockTokens,
                   kOp, ": kv must be contiguous bfloat16 (", layers, ", 2, ", s.batch, ", key-value heads, blocks, 16, head size), got ",
                   kv.dim(), "-D ", torch::headeronly::toString(kv.scalar_type()), " with ", kv.numel(), " elements");
   s.kv_heads = kv.size(3);
@@ -357,8 +356,8 @@ Tensor decode(Tensor hidden, Tensor arena, Tensor vectors, Tensor plan, Tensor c
   STD_TORCH_CHECK(s.kv_heads >= 1 && heads >= 1 && heads % s.kv_heads == 0, kOp, ": heads must be a multiple of the ", s.kv_heads,
                   " key-value heads, got ", heads);
   STD_TORCH_CHECK(inner >= 1 && inner <= int64_t{1} << 30, kOp, ": inner must be the width of the MLP, got ", inner);
-  STD_TORCH_CHECK(length >= 0 && length <= s.blocks * kTokens - s.tokens, kOp, ": length must be 0 to ", s.blocks * kTokens - s.tokens,
-                  " (tokens that kv holds, less the new ones), got ", length);
+  STD_TORCH_CHECK(length >= 0 && length <= s.blocks * kBlockTokens - s.tokens, kOp, ": length must be 0 to ",
+                  s.blocks * kBlockTokens - s.tokens, " (tokens that kv holds, less the new ones), got ", length);
   check_long(positions, "positions", s.rows());
   STD_TORCH_CHECK(cos.dim() == 2 && cos.size(1) == s.dim / 2 && cos.scalar_type() == ScalarType::Float && cos.is_contiguous(), kOp,
                   ": cos must be contiguous float32 (positions, ", s.dim / 2, "), got ", cos.dim(), "-D ",

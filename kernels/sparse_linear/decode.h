@@ -4,12 +4,10 @@
 #include <cstdint>
 
 #include "../common/isa.h"
+#include "../common/kv_block.h"
 
 namespace tce::sparse_linear {
 
-// The key-value cache of one head is blocks of 16 tokens in bf16. A block of keys is [dim / 2][16 tokens][2], so that the scores of sixteen
-// tokens are sixteen lanes and need no horizontal sums; a block of values is [8 token pairs][dim][2], so that lanes are outputs.
-constexpr int64_t kTokens = 16;
 // Tokens that one item of attention takes; a constant, so that results do not depend on the number of threads.
 constexpr int64_t kSplit = 128;
 
@@ -18,9 +16,9 @@ enum class Gate { silu, gelu_tanh };
 // Attention of a few queries of one key-value head over one split of the tokens.
 struct Attention {
   const float* query;             // [rows][dim], scaled
-  const uint16_t *keys, *values;  // the head's blocks
+  const uint16_t *keys, *values;  // the head's blocks, see common/kv_block.h
   int64_t rows, dim;              // dim: a multiple of 16
-  int64_t begin, end;             // tokens of the split; begin is a multiple of kTokens
+  int64_t begin, end;             // tokens of the split; begin is a multiple of kBlockTokens
   const int64_t *first, *last;    // of each row: the tokens it sees, [first, last)
   float* out;                     // [rows][dim]: sums of values with weights exp(score - maximum)
   float *maximum, *sum;           // [rows]: the largest score, -inf if the row sees none of these tokens, and the sum of weights

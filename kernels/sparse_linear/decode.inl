@@ -103,8 +103,8 @@ template <int R>
 static void score_block(const float* query, const uint16_t* keys, const uint16_t* values, int64_t dim, Vector* scores) {
   Vector even[R] = {}, odd[R] = {};
   for (int64_t i = 0; i < dim; i += 2) {
-    fetch(values + i * kTokens);
-    const Integers pair = reinterpret_cast<Integers>(load_vector(keys + i * kTokens));
+    fetch(values + i * kBlockTokens);
+    const Integers pair = reinterpret_cast<Integers>(load_vector(keys + i * kBlockTokens));
     const Vector a = lower(pair), b = upper(pair);
     for (int r = 0; r < R; ++r) {
       even[r] += a * query[r * dim + i];
@@ -120,7 +120,7 @@ static void add_values(const float* weights, const uint16_t* values, int64_t dim
   Vector sums[R][D];
   for (int r = 0; r < R; ++r)
     for (int d = 0; d < D; ++d) sums[r][d] = load_vector(out + r * dim + d * kLanes);
-  for (int64_t t = 0; t < kTokens; t += 2) {
+  for (int64_t t = 0; t < kBlockTokens; t += 2) {
     for (int d = 0; d < D; ++d) {
       const Integers pair = reinterpret_cast<Integers>(load_vector(values + t * dim + d * 2 * kLanes));
       const Vector a = lower(pair), b = upper(pair);
@@ -141,7 +141,7 @@ static void attend_rows(const Attention& item, int64_t row) {
   Vector largest[R];
   for (int r = 0; r < R; ++r) largest[r] = Vector{} - infinity;
   const Integers lanes = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
-  for (int64_t token = item.begin; token < item.end; token += kTokens) {
+  for (int64_t token = item.begin; token < item.end; token += kBlockTokens) {
     Vector scores[R];
     score_block<R>(query, item.keys + token * dim, item.values + token * dim, dim, scores);
     for (int r = 0; r < R; ++r) {
@@ -154,7 +154,7 @@ static void attend_rows(const Attention& item, int64_t row) {
   for (int r = 0; r < R; ++r) {
     const float maximum = max_lanes(largest[r]);
     Vector sum = {};
-    for (int64_t token = item.begin; token < item.end; token += kTokens) {
+    for (int64_t token = item.begin; token < item.end; token += kBlockTokens) {
       float* at = weights + r * kSplit + (token - item.begin);
       const Vector score = load_vector(at);
       const Vector weight = maximum == -infinity || score == -infinity ? Vector{} : exponential(score - maximum);
@@ -165,7 +165,7 @@ static void attend_rows(const Attention& item, int64_t row) {
     item.sum[row + r] = sum_lanes(sum);
   }
   std::fill_n(out, R * dim, 0.0f);
-  for (int64_t token = item.begin; token < item.end; token += kTokens) {
+  for (int64_t token = item.begin; token < item.end; token += kBlockTokens) {
     const float* block = weights + (token - item.begin);
     int64_t d = 0;
     for (; d + 2 * kLanes <= dim; d += 2 * kLanes) add_values<R, 2>(block, item.values + token * dim + 2 * d, dim, out + d);

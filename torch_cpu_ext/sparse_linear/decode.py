@@ -1,12 +1,13 @@
 """The op of the fused decoder: a stack of Llama-shaped layers for a few tokens in one call.
 
-The layout of the cache is described in ``kernels/sparse_linear/decode.h``.
+The layout of the cache's blocks is described in ``kernels/common/kv_block.h``.
 """
 
 import torch
 from torch import Tensor
 
 from ..core.registry import define
+from .attention import from_blocks, to_blocks
 from .ops import _check_float, _linear_reference
 
 # The columns of a plan, as binding_decode.cpp names them.
@@ -28,24 +29,21 @@ def read_cache(kv: Tensor, length: int) -> Tensor:
         kv: ``(layers, 2, batch, heads, blocks, 16, head_dim)``, or with some of the first dimensions chosen by slices.
         length: tokens.
     """
-    keys, values = kv.unbind(1)
-    *lead, blocks, _, dim = keys.shape
-    keys = keys.reshape(*lead, blocks, dim // 2, BLOCK, 2).transpose(-3, -2).reshape(*lead, blocks * BLOCK, dim)
-    values = values.reshape(*lead, blocks, BLOCK // 2, dim, 2).transpose(-2, -1).reshape(*lead, blocks * BLOCK, dim)
-    return torch.stack([keys, values], 1)[..., :length, :]
+    layers, _, batch, heads, blocks, _, dim = kv.shape
+    keys = kv[:, 0].reshape(layers * batch, heads, blocks, dim // 2, BLOCK, 2)
+    values = kv[:, 1].reshape(layers * batch, heads, blocks, BLOCK // 2, dim, 2)
+    plain = torch.stack([from_blocks(keys, "key"), from_blocks(values, "value")])
+    return plain.view(2, layers, batch, heads, blocks * BLOCK, dim).transpose(0, 1)[..., :length, :]
 
 
 def write_cache(kv: Tensor, start: int, states: Tensor) -> None:
     """Writes the states of tokens ``start`` and following, ``(layers, 2, batch, heads, tokens, head_dim)``, to a cache, in place."""
     first, end = start // BLOCK, -(-(start + states.shape[-2]) // BLOCK)
     touched = kv[:, :, :, :, first:end]
-    plain = read_cache(touched, (end - first) * BLOCK)
+    plain = read_cache(touched, (end - first) * BLOCK).clone()
     plain[..., start - first * BLOCK :, :][..., : states.shape[-2], :] = states.to(kv.dtype)
-    keys, values = plain.unbind(1)
-    *lead, _, dim = keys.shape
-    keys = keys.reshape(*lead, end - first, BLOCK, dim // 2, 2).transpose(-3, -2).reshape(*lead, end - first, BLOCK, dim)
-    values = values.reshape(*lead, end - first, BLOCK // 2, 2, dim).transpose(-2, -1).reshape(*lead, end - first, BLOCK, dim)
-    touched.copy_(torch.stack([keys, values], 1))
+    for which, kind in enumerate(("key", "value")):
+        touched[:, which] = to_blocks(plain[:, which].flatten(0, 1), kind).view_as(touched[:, which])
 
 
 def decode(
