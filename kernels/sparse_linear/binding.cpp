@@ -10,17 +10,27 @@
 namespace tce::sparse_linear {
 namespace {
 
+// With fewer rows of x, memory is the limit, and the AVX-512 kernels that keep all sums in registers do with less work.
+constexpr int64_t kTileLeastRows = 5;
+
 const Kernel<Variant> kFp32{"fp32", {{Isa::scalar, scalar::fp32}, {Isa::avx2, avx2::fp32}, {Isa::avx512, avx512::fp32}}};
 const Kernel<Variant> kBf16{"bf16",
                             {{Isa::scalar, scalar::bf16},
                              {Isa::avx2, avx2::bf16},
                              {Isa::avx512, avx512::bf16},
                              {Isa::avx512_vnni, avx512_vnni::bf16},
-                             {Isa::avx512_bf16, bf16_dot_pays() ? avx512_bf16::bf16 : nullptr}}};
-const Kernel<Variant> kInt8{
-    "int8", {{Isa::scalar, scalar::int8}, {Isa::avx2, avx2::int8}, {Isa::avx512, avx512::int8}, {Isa::avx512_vnni, avx512_vnni::int8}}};
+                             {Isa::avx512_bf16, bf16_dot_pays() ? avx512_bf16::bf16 : nullptr},
+                             {Isa::amx, amx::bf16, kTileLeastRows}}};
+const Kernel<Variant> kInt8{"int8",
+                            {{Isa::scalar, scalar::int8},
+                             {Isa::avx2, avx2::int8},
+                             {Isa::avx512, avx512::int8},
+                             {Isa::avx512_vnni, avx512_vnni::int8},
+                             {Isa::amx, amx::int8, kTileLeastRows}}};
 
-const Variant& variant(DType dtype) { return (dtype == DType::fp32 ? kFp32 : dtype == DType::bf16 ? kBf16 : kInt8).get(); }
+const Variant& variant(DType dtype, int64_t rows) {
+  return (dtype == DType::fp32 ? kFp32 : dtype == DType::bf16 ? kBf16 : kInt8).get(rows);
+}
 
 // Rows of x that one pass over the weights serves: their sums and 256 inputs of each stay in the second-level cache.
 constexpr int64_t kRowTile = 512;
@@ -39,16 +49,17 @@ void for_each(int64_t count, int64_t grain, const F& f) {
   });
 }
 
-// The same, on at most `threads` threads, each of which takes the next index when it is done with its last.
-template <typename F>
-void for_each_dynamic(int64_t count, int64_t threads, const F& f) {
+// The same, on at most `threads` threads, each of which takes the next index when it is done with its last, and calls finish() in the end.
+template <typename F, typename Finish>
+void for_each_dynamic(int64_t count, int64_t threads, const F& f, const Finish& finish) {
   if (threads == 1 || count == 1) {
     for (int64_t i = 0; i < count; ++i) f(i);
-    return;
+    return finish();
   }
   std::atomic<int64_t> next{0};
   parallel_for(0, std::min(threads, count), 1, [&](int64_t, int64_t) {
     for (int64_t i = next++; i < count; i = next++) f(i);
+    finish();
   });
 }
 
@@ -111,7 +122,7 @@ Tensor forward(Tensor input, Tensor packed, std::optional<Tensor> bias, int64_t 
   input = torch::stable::contiguous(input);
   if (bias) bias = torch::stable::contiguous(*bias);
 
-  const Variant& kernel = variant(weight.dtype);
+  const Variant& kernel = variant(weight.dtype, m);
   Product p{weight, m, nullptr, nullptr, nullptr, activation_group, nullptr, out.mutable_data_ptr(), type};
   const bool scaled = weight.dtype == DType::int8;
   const bool cast_bias = bias && (bias_type != Float::fp32 || reinterpret_cast<uintptr_t>(bias->const_data_ptr()) % 4 != 0);
@@ -148,7 +159,9 @@ Tensor forward(Tensor input, Tensor packed, std::optional<Tensor> bias, int64_t 
     const int64_t part = item / tiles, row = item % tiles * kRowTile;
     if (!kernel.run(p, cut(weight, part, parts), cut(weight, part + 1, parts), row, std::min(row + kRowTile, m))) intact = false;
   };
-  for_each_dynamic(parts * tiles, threads, run);
+  for_each_dynamic(parts * tiles, threads, run, [&] {
+    if (kernel.finish) kernel.finish();
+  });
   STD_TORCH_CHECK(intact, op, ": packed must be intact, got a panel whose bitmap and bytes disagree");
   return out;
 }

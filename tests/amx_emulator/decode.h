@@ -25,7 +25,7 @@ enum class Op : int {
   tdpbuud,
 };
 constexpr int kOps = 13;
-constexpr const char* kNames[kOps] = {"ldtilecfg",  "sttilecfg", "tilerelease", "tilezero", "tileloadd", "tileloaddt1", "tilestored",
+constexpr const char* kNames[kOps] = {"ldtilecfg", "sttilecfg", "tilerelease", "tilezero", "tileloadd", "tileloaddt1", "tilestored",
                                       "tdpbf16ps", "tdpfp16ps", "tdpbssd",     "tdpbsud",  "tdpbusd",   "tdpbuud"};
 
 constexpr int kNone = -1, kRip = 16;  // beside the numbers of the 16 general registers
@@ -44,9 +44,7 @@ struct Instruction {
     return from + static_cast<uint64_t>(displacement);
   }
   // What the index adds: an address in ldtilecfg and sttilecfg, the bytes from row to row elsewhere.
-  int64_t stride(const uint64_t* registers) const {
-    return index == kNone ? 0 : static_cast<int64_t>(registers[index] << shift);
-  }
+  int64_t stride(const uint64_t* registers) const { return index == kNone ? 0 : static_cast<int64_t>(registers[index] << shift); }
 };
 
 // Decodes the instruction at `bytes`, reading no byte behind it. False if it is none of AMX, or one that #UDs by its encoding alone.
