@@ -77,7 +77,15 @@ class Emulator:
         op, length, d, a, b, base, index, shift, displacement = fields
         names = dict(enumerate((*REGISTERS, "rip"))) | {-1: None}
         tiles = {"d": d, "a": a, "b": b}
-        return {"op": OPS[op], "length": length, **tiles, "base": names[base], "index": names[index], "scale": 1 << shift, "at": displacement}
+        return {
+            "op": OPS[op],
+            "length": length,
+            **tiles,
+            "base": names[base],
+            "index": names[index],
+            "scale": 1 << shift,
+            "at": displacement,
+        }
 
 
 def execute(code: bytes, **registers: int) -> None:
