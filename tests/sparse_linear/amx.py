@@ -97,7 +97,7 @@ def damage() -> None:
     def draw(end: int) -> int:
         return int(torch.randint(end, (), generator=random))
 
-    for (dtype, layout, sparsity), data in arrays.items():
+    for (dtype, layout, _), data in arrays.items():
         if dtype == "fp32":
             continue
         first = int.from_bytes(data[64:72], "little")
