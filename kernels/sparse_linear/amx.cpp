@@ -21,7 +21,7 @@ namespace tce::sparse_linear::amx {
 //   tmm0 tmm1   sums of row tile 0, panels 0 and 1    = tmm4 (x, row tile 0) times tmm6 (panel 0), tmm7 (panel 1)
 //   tmm2 tmm3   sums of row tile 1                    = tmm5 (x, row tile 1) times the same
 //
-// A row tile is 16 rows of x, or all of them if there are fewer. The last one of a call ends with the last row and repeats some of the one
+// A row tile is an equal share of the rows of x, at most 16. The last one of a call ends with the last row and repeats some of the one
 // before, so that all have one size: one configuration serves a whole call, and nothing outside x is read.
 constexpr int64_t kTileRows = 16;
 
@@ -135,8 +135,8 @@ struct Job {
   uint8_t* slots;
 
   int64_t tiles() const { return divide_up(p.weight.rows(), tile_rows); }  // along k
-  int64_t row_tiles() const { return divide_up(row_end - row_begin, kTileRows); }
-  int64_t start(int64_t row_tile) const { return std::max<int64_t>(0, std::min(row_begin + row_tile * kTileRows, row_end - x_rows)); }
+  int64_t row_tiles() const { return divide_up(row_end - row_begin, x_rows); }
+  int64_t start(int64_t row_tile) const { return std::max<int64_t>(0, std::min(row_begin + row_tile * x_rows, row_end - x_rows)); }
 };
 constexpr int64_t kSums = kTileRows * kPanel;
 
@@ -234,7 +234,7 @@ static bool run_panels(const Job& job, int64_t panel) {
   for (int i = 0; i < P; ++i) {
     if (weights.source[i].c.at != weights.source[i].c.end) return false;
     for (int64_t row = job.row_begin; row < job.row_end; ++row) {
-      const int64_t tile = (row - job.row_begin) / kTileRows;
+      const int64_t tile = (row - job.row_begin) / job.x_rows;
       store<T>(p, row, panel + i, job.sums + (tile * P + i) * kSums + (row - job.start(tile)) * kPanel);
     }
   }
@@ -243,7 +243,8 @@ static bool run_panels(const Job& job, int64_t panel) {
 
 template <typename T>
 static bool run_tiles(const Product& p, int64_t panel_begin, int64_t panel_end, int64_t row_begin, int64_t row_end) {
-  Job job{p, row_begin, row_end, std::min(p.m, kTileRows), T::tile_rows(p), nullptr, nullptr, nullptr};
+  const int64_t x_rows = divide_up(p.m, divide_up(p.m, kTileRows));
+  Job job{p, row_begin, row_end, x_rows, T::tile_rows(p), nullptr, nullptr, nullptr};
   const int64_t slots = kBlockTiles * 2 * kTileBytes, integers = 2 * 4 * kSums * 4, sums = job.row_tiles() * 2 * kSums * 4;
   const std::unique_ptr<uint8_t[]> scratch(new uint8_t[slots + integers + sums + 64]);
   job.slots = scratch.get() + (-reinterpret_cast<uintptr_t>(scratch.get()) & 63);
