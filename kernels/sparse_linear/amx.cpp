@@ -76,7 +76,7 @@ struct Source {
 
   // The next `tile_rows` packed rows: where they are in a dense panel, else in `slot`. Rows behind the last are zeros. Null if the panel's
   // bitmap and bytes disagree.
-  const uint8_t* next(const Packed& w, int64_t tile_rows, uint8_t* slot) {
+  [[gnu::noinline]] const uint8_t* next(const Packed& w, int64_t tile_rows, uint8_t* slot) {
     const int64_t count = std::min(tile_rows, w.rows() - row);
     const uint8_t* from = slot;
     if (w.layout == Layout::dense) {
