@@ -88,12 +88,6 @@ def rotate(functions: Iterable[Callable[[], object]]) -> Callable[[], object]:
     return lambda: next(turn)()
 
 
-def last_level_cache() -> int:
-    """Bytes of the largest cache of the first core; 0 where the system does not say."""
-    sizes = [path.read_text().strip() for path in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size")]
-    return max((int(size[:-1]) << {"K": 10, "M": 20}[size[-1]] for size in sizes), default=0)
-
-
 def row(case: str, ours_s: float, peer: str, peer_s: float, config: dict[str, Any] | None = None) -> Row:
     """One line of the results; ``ratio`` above 1 means that we are faster."""
     config = dict(config or {})

@@ -11,16 +11,17 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from torch_cpu_ext import kernel_isa
+from torch_cpu_ext.core import memory
 from torch_cpu_ext.sparse_linear import linear, magnitude_mask, pack
 
-from common import Row, interleave, last_level_cache, main, rotate, row
+from common import Row, interleave, main, rotate, row
 
 SHAPE = (11008, 4096)  # out_features, in_features: an MLP projection of a 7B Llama
 SMALL_SHAPES = ((4096, 4096), (1024, 4096), (1536, 576), (192, 576))  # the last two are SmolLM2's
 ROWS = (1, 2, 4, 8, 16, 64, 512)
 SPARSITIES = (0.0, 0.3, 0.5, 0.7, 0.9)
-DTYPES = ("bf16", "int8", "fp32")
-COLD_BYTES = max(160 << 20, 3 * last_level_cache() // 2)  # what rotated copies of a weight come to, so that each is out of the caches
+DTYPES = ("bf16", "int8", "int4", "fp32")
+COLD_BYTES = memory.cold_bytes()  # what rotated copies of a weight come to, so that each is out of the caches
 
 Call = Callable[[], object]
 
@@ -59,8 +60,7 @@ class Layers:
 
 def read_calls() -> dict[object, Call]:
     """Two ways to read memory and do next to nothing; the faster one is what the machine can stream."""
-    block = torch.ones(COLD_BYTES // 4)
-    return {"read by sum": block.sum, "read by max": block.amax}
+    return dict(zip(("read by sum", "read by max"), memory.read_calls(COLD_BYTES), strict=True))
 
 
 def measure(layers: Layers, m: int, repeats: int) -> Iterator[Row]:

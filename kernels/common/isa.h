@@ -47,6 +47,17 @@ inline bool amx_works() {
 #endif
 }
 
+// Whether asking for a stream's next page pays. Measured: on two Emerald Rapids cores sparse streams go from 14 to 23 GB/s; on Zen 4, whose
+// own prefetchers are as good, asking costs 3 to 13 %.
+inline bool prefetch_pays() {
+#if defined(__x86_64__)
+  __builtin_cpu_init();
+  return __builtin_cpu_is("intel");
+#else
+  return false;
+#endif
+}
+
 // The highest instruction set in use. The loader sets it from what the machine has and from the user's cap, before the first call.
 inline std::atomic<int> isa_cap{0};
 

@@ -3,16 +3,20 @@
 #include <array>
 #include <bit>
 #include <cmath>
+#include <limits>
 #include <memory>
 
 #include <immintrin.h>
 
+#include "decode.h"
 #include "sparse_linear.h"
 #include "../common/region_avx2.h"
 
 namespace tce::sparse_linear::avx2 {
 
 #include "sparse_linear.inl"
+#include "int4.inl"
+#include "decode.inl"
 
 // kSource[mask][i]: which of the packed elements belongs at place i; 0x80 (a zero for vpshufb) where the mask has no bit.
 static constexpr auto kSource = [] {
@@ -158,9 +162,60 @@ struct Int8 {
   }
 };
 
+struct Int4 {
+  static constexpr DType dtype = DType::int4;
+  static constexpr int64_t kRowBlock = 4, kStreamRows = 0;
+  using X = int8_t;
+
+  static const uint8_t* expand_row(const uint8_t* words, const uint8_t* values, const uint8_t* zeros, uint8_t* out) {
+    return expand_halves<Int4>(words, values, zeros, out);
+  }
+
+  static void spread(const uint8_t* words, const uint8_t* codes, const uint8_t* zeros, uint8_t* out) {
+    for (int64_t i = 0; i < 8; ++i) {
+      const __m128i source = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(kSource[words[i]].data()));
+      const __m128i packed = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(codes));
+      const __m128i fill = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(zeros + 8 * i));
+      _mm_storel_epi64(reinterpret_cast<__m128i*>(out + 8 * i), _mm_blendv_epi8(_mm_shuffle_epi8(packed, source), fill, source));
+      codes += std::popcount(words[i]);
+    }
+  }
+
+  // Sixteen bits hold the sums of a unit: eight products of at most 15 * 127 each.
+  template <int M>
+  static void dot(const Unit* units, int64_t count, const Activations<Int4>& a, float* sums) {
+    const __m256i low = _mm256_set1_epi8(15), ones = _mm256_set1_epi16(1);
+    for (int64_t u = 0; u < count; ++u) {
+      const Unit& unit = units[u];
+      __m256i shorts[M][2] = {};
+      for (int64_t r = 0; r < kUnitRows; ++r) {
+        for (int i = 0; i < 2; ++i) {
+          const __m256i codes = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(unit.codes + r * kRow) + i);
+          const __m256i even = _mm256_and_si256(codes, low), odd = _mm256_and_si256(_mm256_srli_epi16(codes, 4), low);
+          for (int m = 0; m < M; ++m) {
+            const int8_t* x = a.x + m * a.x_stride + (u * kUnitRows + r) * 8;
+            shorts[m][i] = _mm256_add_epi16(shorts[m][i], _mm256_maddubs_epi16(even, _mm256_set1_epi32(load<int32_t>(x))));
+            shorts[m][i] = _mm256_add_epi16(shorts[m][i], _mm256_maddubs_epi16(odd, _mm256_set1_epi32(load<int32_t>(x + 4))));
+          }
+        }
+      }
+      for (int m = 0; m < M; ++m) {
+        const __m256 scale = _mm256_set1_ps(a.scale[m * a.scale_stride + u]), x = _mm256_set1_ps(x_sum(a, m * a.scale_stride + u));
+        for (int i = 0; i < 2; ++i) {
+          float* out = sums + m * kPanel + 8 * i;
+          const __m256 sum = _mm256_mul_ps(_mm256_cvtepi32_ps(_mm256_madd_epi16(shorts[m][i], ones)), scale);
+          const __m256 scaled = _mm256_fmadd_ps(sum, _mm256_loadu_ps(unit.scale + 8 * i), _mm256_loadu_ps(out));
+          _mm256_storeu_ps(out, _mm256_fmadd_ps(x, _mm256_loadu_ps(unit.minimum + 8 * i), scaled));
+        }
+      }
+    }
+  }
+};
+
 Variant fp32() { return variant<Fp32>(); }
 Variant bf16() { return variant<Bf16>(); }
 Variant int8() { return variant<Int8>(); }
+Variant int4() { return int4_variant<Int4>(); }
 
 }  // namespace tce::sparse_linear::avx2
 

@@ -3,10 +3,12 @@
 #include <array>
 #include <bit>
 #include <cmath>
+#include <limits>
 #include <memory>
 
 #include <immintrin.h>
 
+#include "decode.h"
 #include "sparse_linear.h"
 #include "../common/region_avx512.h"
 
@@ -14,6 +16,8 @@ namespace tce::sparse_linear::avx512 {
 
 #include "sparse_linear.inl"
 #include "avx512.inl"
+#include "int4.inl"
+#include "decode.inl"
 
 // Sixteen 32-bit elements; the rest of the row of a shorter element type is made of them by narrowing.
 static __m512i expand_dwords(__mmask16 mask, __m512i packed, __m512i zero) { return _mm512_mask_expand_epi32(fresh(zero), mask, packed); }
@@ -92,9 +96,59 @@ struct Int8 {
   }
 };
 
+struct Int4 {
+  static constexpr DType dtype = DType::int4;
+  static constexpr int64_t kRowBlock = 8, kStreamRows = 0;
+  using X = int8_t;
+
+  static const uint8_t* expand_row(const uint8_t* words, const uint8_t* values, const uint8_t* zeros, uint8_t* out) {
+    return expand_halves<Int4>(words, values, zeros, out);
+  }
+
+  static __m512i widen(const uint8_t* bytes) { return _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(bytes))); }
+
+  static void spread(const uint8_t* words, const uint8_t* codes, const uint8_t* zeros, uint8_t* out) {
+    for (int64_t i = 0; i < 4; ++i) {
+      const auto mask = load<uint16_t>(words + 2 * i);
+      const __m128i part = _mm512_cvtepi32_epi8(expand_dwords(mask, widen(codes), widen(zeros + 16 * i)));
+      _mm_storeu_si128(reinterpret_cast<__m128i*>(out + 16 * i), part);
+      codes += std::popcount(mask);
+    }
+  }
+
+  // Sixteen bits hold the sums of a unit: eight products of at most 15 * 127 each.
+  template <int M>
+  static void dot(const Unit* units, int64_t count, const Activations<Int4>& a, float* sums) {
+    const __m512i low = _mm512_set1_epi8(15), ones = _mm512_set1_epi16(1);
+    __m512 sum[M][1];
+    load_sums<M, 1>(sums, sum);
+    for (int64_t u = 0; u < count; ++u) {
+      const Unit& unit = units[u];
+      __m512i shorts[M] = {};
+      for (int64_t r = 0; r < kUnitRows; ++r) {
+        const __m512i codes = _mm512_loadu_si512(unit.codes + r * kRow);
+        const __m512i even = _mm512_and_si512(codes, low), odd = _mm512_and_si512(_mm512_srli_epi16(codes, 4), low);
+        for (int m = 0; m < M; ++m) {
+          const int8_t* x = a.x + m * a.x_stride + (u * kUnitRows + r) * 8;
+          shorts[m] = _mm512_add_epi16(shorts[m], _mm512_maddubs_epi16(even, _mm512_set1_epi32(load<int32_t>(x))));
+          shorts[m] = _mm512_add_epi16(shorts[m], _mm512_maddubs_epi16(odd, _mm512_set1_epi32(load<int32_t>(x + 4))));
+        }
+      }
+      const __m512 scale = _mm512_loadu_ps(unit.scale), minimum = _mm512_loadu_ps(unit.minimum);
+      for (int m = 0; m < M; ++m) {
+        const __m512 x = _mm512_set1_ps(a.scale[m * a.scale_stride + u]);
+        sum[m][0] = _mm512_fmadd_ps(_mm512_mul_ps(_mm512_cvtepi32_ps(_mm512_madd_epi16(shorts[m], ones)), x), scale, sum[m][0]);
+        sum[m][0] = _mm512_fmadd_ps(_mm512_set1_ps(x_sum(a, m * a.scale_stride + u)), minimum, sum[m][0]);
+      }
+    }
+    store_sums<M, 1>(sum, sums);
+  }
+};
+
 Variant fp32() { return variant<Fp32>(); }
 Variant bf16() { return variant<Bf16>(); }
 Variant int8() { return variant<Int8>(); }
+Variant int4() { return int4_variant<Int4>(); }
 
 }  // namespace tce::sparse_linear::avx512
 

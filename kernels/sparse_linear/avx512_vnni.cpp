@@ -15,6 +15,7 @@ namespace tce::sparse_linear::avx512_vnni {
 #include "sparse_linear.inl"
 #include "avx512.inl"
 #include "vbmi2.inl"
+#include "int4.inl"
 
 struct Bf16 : Floats<Bf16> {
   static constexpr DType dtype = DType::bf16;
@@ -114,8 +115,135 @@ struct Int8 {
   }
 };
 
+struct Int4 {
+  static constexpr DType dtype = DType::int4;
+  static constexpr int64_t kRowBlock = 8, kStreamRows = 4;
+  using X = int8_t;
+
+  // The codes in the lower halves of bytes, and those in the upper halves times 16.
+  struct Halves {
+    __m512i low, high;
+  };
+
+  static Halves split(__m512i bytes) {
+    return {_mm512_and_si512(bytes, _mm512_set1_epi8(0x0f)), _mm512_and_si512(bytes, _mm512_set1_epi8(static_cast<char>(0xf0)))};
+  }
+
+  // A row in dense form, moving on `values`; `zero` is what stands where there is no bit.
+  static Halves expand(const uint8_t* words, const uint8_t*& values, const Halves& zero) {
+    const auto low = load<uint64_t>(words), high = load<uint64_t>(words + 8);
+    const Halves packed = split(_mm512_loadu_si512(values));
+    values += std::max(std::popcount(low), std::popcount(high));
+    return {_mm512_mask_expand_epi8(fresh(zero.low), low, packed.low), _mm512_mask_expand_epi8(fresh(zero.high), high, packed.high)};
+  }
+
+  static const uint8_t* expand_row(const uint8_t* words, const uint8_t* values, const uint8_t* zeros, uint8_t* out) {
+    const __m512i zero = _mm512_loadu_si512(zeros);
+    const Halves row = expand(words, values, {zero, _mm512_slli_epi16(zero, 4)});
+    _mm512_storeu_si512(out, _mm512_or_si512(row.low, row.high));
+    return values;
+  }
+
+  static __m512i quad(const int8_t* x) { return _mm512_set1_epi32(load<int32_t>(x)); }
+  static __m512 halves_to_floats(const uint8_t* at) { return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(at))); }
+
+  // The sums of the upper halves are sixteen times too large, exactly.
+  static __m512 total(const Halves& sums) { return _mm512_cvtepi32_ps(_mm512_add_epi32(sums.low, _mm512_srai_epi32(sums.high, 4))); }
+
+  static void add(Halves& sums, const Halves& row, const int8_t* x) {
+    sums.low = _mm512_dpbusd_epi32(sums.low, row.low, quad(x));
+    sums.high = _mm512_dpbusd_epi32(sums.high, row.high, quad(x + 4));
+  }
+
+  template <int M>
+  static void dot(const Unit* units, int64_t count, const Activations<Int4>& a, float* sums) {
+    __m512 sum[M][1];
+    load_sums<M, 1>(sums, sum);
+    for (int64_t u = 0; u < count; ++u) {
+      const Unit& unit = units[u];
+      Halves integers[M] = {};
+      for (int64_t r = 0; r < kUnitRows; ++r) {
+        const Halves row = split(_mm512_loadu_si512(unit.codes + r * kRow));
+        for (int m = 0; m < M; ++m) add(integers[m], row, a.x + m * a.x_stride + (u * kUnitRows + r) * 8);
+      }
+      const __m512 scale = _mm512_loadu_ps(unit.scale), minimum = _mm512_loadu_ps(unit.minimum);
+      for (int m = 0; m < M; ++m) {
+        const int64_t at = m * a.scale_stride + u;
+        sum[m][0] = _mm512_fmadd_ps(_mm512_mul_ps(total(integers[m]), _mm512_set1_ps(a.scale[at])), scale, sum[m][0]);
+        sum[m][0] = _mm512_fmadd_ps(_mm512_set1_ps(x_sum(a, at)), minimum, sum[m][0]);
+      }
+    }
+    store_sums<M, 1>(sum, sums);
+  }
+
+  // What a group's head says: the scales, the values of code 0, and the codes of zero.
+  template <Layout L>
+  static void read_head(const Packed& w, const uint8_t* head, __m512& scale, __m512& minimum, Halves& zero) {
+    scale = halves_to_floats(head);
+    if (L == Layout::dense && !w.symmetric) {
+      minimum = halves_to_floats(head + 2 * kPanel);
+      return;
+    }
+    __m128i zeros = _mm_set1_epi8(8);
+    if (!w.symmetric) zeros = _mm_loadu_si128(reinterpret_cast<const __m128i*>(head + 2 * kPanel));
+    const __m512i wide = _mm512_cvtepu8_epi32(zeros);
+    minimum = _mm512_mul_ps(_mm512_sub_ps(_mm512_setzero_ps(), _mm512_cvtepi32_ps(wide)), scale);
+    zero.low = _mm512_mullo_epi32(wide, _mm512_set1_epi32(0x01010101));  // four bytes for each output
+    zero.high = _mm512_slli_epi16(zero.low, 4);
+  }
+
+  template <int M, Layout L>
+  static bool stream(const Packed& w, Cursor& c, const Activations<Int4>& a, float* sums) {
+    const int64_t units = divide_up(w.inputs, kUnit), per_group = w.group_size / kUnit;
+    __m512 sum[M];
+    for (int m = 0; m < M; ++m) sum[m] = _mm512_setzero_ps();
+    for (int64_t u = 0; u < units;) {
+      if (L == Layout::sparse && c.end - c.at < w.group_head()) return false;
+      __m512 scale, minimum;
+      Halves zero;
+      read_head<L>(w, c.at, scale, minimum, zero);
+      c.at += w.group_head();
+      __m512 group_sum[M];
+      float x_sums[M] = {};
+      for (int m = 0; m < M; ++m) group_sum[m] = _mm512_setzero_ps();
+      for (const int64_t end = std::min(u + per_group, units); u < end; ++u) {
+        const uint8_t *words = c.at, *values = c.at;
+        if constexpr (L == Layout::sparse) {
+          if (!readable_unit(c)) return false;
+          values += kUnitWords;
+        }
+        Halves integers[M] = {};
+        for (int64_t r = 0; r < kUnitRows; ++r) {
+          prefetch(values);
+          Halves row;
+          if constexpr (L == Layout::sparse) {
+            row = expand(words + 16 * r, values, zero);
+          } else {
+            row = split(_mm512_loadu_si512(values));
+            values += kRow;
+          }
+          for (int m = 0; m < M; ++m) add(integers[m], row, a.x + m * a.x_stride + (u * kUnitRows + r) * 8);
+        }
+        c.at = values;
+        for (int m = 0; m < M; ++m) {
+          const int64_t at = m * a.scale_stride + u;
+          group_sum[m] = _mm512_fmadd_ps(total(integers[m]), _mm512_set1_ps(a.scale[at]), group_sum[m]);
+          x_sums[m] += x_sum(a, at);
+        }
+      }
+      for (int m = 0; m < M; ++m) {
+        sum[m] = _mm512_fmadd_ps(group_sum[m], scale, sum[m]);
+        sum[m] = _mm512_fmadd_ps(_mm512_set1_ps(x_sums[m]), minimum, sum[m]);
+      }
+    }
+    for (int m = 0; m < M; ++m) _mm512_storeu_ps(sums + m * kPanel, sum[m]);
+    return true;
+  }
+};
+
 Variant bf16() { return variant<Bf16>(); }
 Variant int8() { return variant<Int8>(); }
+Variant int4() { return int4_variant<Int4>(); }
 
 }  // namespace tce::sparse_linear::avx512_vnni
 

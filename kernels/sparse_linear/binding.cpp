@@ -2,66 +2,13 @@
 #include "../common/binding.h"
 
 #include <algorithm>
-#include <atomic>
 #include <vector>
 
 #include "format.h"
+#include "work.h"
 
 namespace tce::sparse_linear {
 namespace {
-
-// With fewer rows of x, memory is the limit, and the AVX-512 kernels that keep all sums in registers do with less work.
-constexpr int64_t kTileLeastRows = 5;
-
-const Kernel<Variant> kFp32{"fp32", {{Isa::scalar, scalar::fp32}, {Isa::avx2, avx2::fp32}, {Isa::avx512, avx512::fp32}}};
-const Kernel<Variant> kBf16{"bf16",
-                            {{Isa::scalar, scalar::bf16},
-                             {Isa::avx2, avx2::bf16},
-                             {Isa::avx512, avx512::bf16},
-                             {Isa::avx512_vnni, avx512_vnni::bf16},
-                             {Isa::avx512_bf16, bf16_dot_pays() ? avx512_bf16::bf16 : nullptr},
-                             {Isa::amx, amx::bf16, kTileLeastRows}}};
-const Kernel<Variant> kInt8{"int8",
-                            {{Isa::scalar, scalar::int8},
-                             {Isa::avx2, avx2::int8},
-                             {Isa::avx512, avx512::int8},
-                             {Isa::avx512_vnni, avx512_vnni::int8},
-                             {Isa::amx, amx::int8, kTileLeastRows}}};
-
-const Variant& variant(DType dtype, int64_t rows) {
-  return (dtype == DType::fp32 ? kFp32 : dtype == DType::bf16 ? kBf16 : kInt8).get(rows);
-}
-
-// Rows of x that one pass over the weights serves: their sums and 256 inputs of each stay in the second-level cache.
-constexpr int64_t kRowTile = 512;
-// Work is counted in bytes of weights times passes of eight rows. Below this much, waking a second thread costs more than it brings (0.7 us
-// against 25 GB/s).
-constexpr int64_t kSerialWork = 32 << 10;
-// Threads take parts of a weight as they get done with the last one, since the machine rarely serves all of them equally. Parts are long
-// enough for the hardware prefetcher and short enough for all threads to end together.
-constexpr int64_t kPartWork = 64 << 10, kPartsPerThread = 32;
-
-// Calls f(index) for 0 <= index < count, in parallel.
-template <typename F>
-void for_each(int64_t count, int64_t grain, const F& f) {
-  parallel_for(0, count, grain, [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) f(i);
-  });
-}
-
-// The same, on at most `threads` threads, each of which takes the next index when it is done with its last, and calls finish() in the end.
-template <typename F, typename Finish>
-void for_each_dynamic(int64_t count, int64_t threads, const F& f, const Finish& finish) {
-  if (threads == 1 || count == 1) {
-    for (int64_t i = 0; i < count; ++i) f(i);
-    return finish();
-  }
-  std::atomic<int64_t> next{0};
-  parallel_for(0, std::min(threads, count), 1, [&](int64_t, int64_t) {
-    for (int64_t i = next++; i < count; i = next++) f(i);
-    finish();
-  });
-}
 
 Packed checked(const Tensor& packed, const char* op) {
   STD_TORCH_CHECK(packed.dim() == 1 && packed.scalar_type() == ScalarType::Byte && packed.is_contiguous() && packed.is_cpu(), op,
@@ -79,24 +26,10 @@ void check_shape(const Packed& weight, int64_t outputs, int64_t inputs, const ch
 }
 
 DType dtype_of(const std::string& name, const char* op) {
-  STD_TORCH_CHECK(name == "fp32" || name == "bf16" || name == "int8", op, ": dtype must be fp32, bf16 or int8, got ", name);
-  return name == "fp32" ? DType::fp32 : name == "bf16" ? DType::bf16 : DType::int8;
-}
-
-// First panel of part i of n: parts hold equally many bytes, not equally many panels. An even number, since kernels like pairs.
-int64_t cut(const Packed& weight, int64_t i, int64_t n) {
-  if (i == 0 || i == n) return i == 0 ? 0 : weight.panels();
-  const int64_t first = weight.offset(0), wanted = first + (weight.offset(weight.panels()) - first) / n * i;
-  int64_t low = 0, high = weight.panels();
-  while (low < high) {
-    const int64_t middle = (low + high) / 2;
-    if (weight.offset(middle) < wanted) {
-      low = middle + 1;
-    } else {
-      high = middle;
-    }
-  }
-  return low / 2 * 2;
+  const char* names[] = {"fp32", "bf16", "int8", "int4"};
+  for (uint32_t i = 0; i < 4; ++i)
+    if (name == names[i]) return static_cast<DType>(i);
+  STD_TORCH_CHECK(false, op, ": dtype must be fp32, bf16, int8 or int4, got ", name);
 }
 
 Tensor forward(Tensor input, Tensor packed, std::optional<Tensor> bias, int64_t out_features, int64_t activation_group) {
@@ -107,6 +40,8 @@ Tensor forward(Tensor input, Tensor packed, std::optional<Tensor> bias, int64_t 
   const Packed weight = checked(packed, op);
   const int64_t k = input.size(input.dim() - 1);
   check_shape(weight, out_features, k, op);
+  STD_TORCH_CHECK(weight.dtype != DType::int4 || activation_group == 32, op, ": activation_group must be 32 for int4 weights, got ",
+                  activation_group);
   if (bias) {
     STD_TORCH_CHECK(bias->dim() == 1 && bias->size(0) == out_features, op, ": bias must be 1-D with ", out_features, " elements, got ",
                     bias->dim(), "-D with ", bias->numel());
@@ -124,7 +59,7 @@ Tensor forward(Tensor input, Tensor packed, std::optional<Tensor> bias, int64_t 
 
   const Variant& kernel = variant(weight.dtype, m);
   Product p{weight, m, nullptr, nullptr, nullptr, activation_group, nullptr, out.mutable_data_ptr(), type};
-  const bool scaled = weight.dtype == DType::int8;
+  const bool scaled = has_codes(weight.dtype);
   const bool cast_bias = bias && (bias_type != Float::fp32 || reinterpret_cast<uintptr_t>(bias->const_data_ptr()) % 4 != 0);
   // Rows that need neither conversion nor padding are read where they are.
   const void* source = input.const_data_ptr();
@@ -153,8 +88,7 @@ Tensor forward(Tensor input, Tensor packed, std::optional<Tensor> bias, int64_t 
 
   std::atomic<bool> intact{true};
   const int64_t tiles = divide_up(m, kRowTile);
-  const int64_t work = weight.bytes * divide_up(m, 8), threads = work < kSerialWork ? 1 : torch::stable::get_num_threads();
-  const int64_t parts = threads == 1 ? 1 : std::min({divide_up(weight.panels(), 2), threads * kPartsPerThread, divide_up(work, kPartWork)});
+  const int64_t work = work_of(weight, m), threads = threads_for(work), parts = parts_of(weight, m, threads);
   const auto run = [&](int64_t item) {
     const int64_t part = item / tiles, row = item % tiles * kRowTile;
     if (!kernel.run(p, cut(weight, part, parts), cut(weight, part + 1, parts), row, std::min(row + kRowTile, m))) intact = false;
@@ -166,42 +100,71 @@ Tensor forward(Tensor input, Tensor packed, std::optional<Tensor> bias, int64_t 
   return out;
 }
 
-Tensor pack(Tensor weight, std::string dtype_name, std::string layout_name) {
+// One grid argument of `pack` as contiguous floats, or null where it is not given.
+const float* grid_values(std::optional<Tensor>& grid, const char* argument, int64_t outputs, int64_t groups, const char* op) {
+  if (!grid) return nullptr;
+  STD_TORCH_CHECK(grid->dim() == 2 && grid->size(0) == outputs && grid->size(1) == groups && grid->scalar_type() == ScalarType::Float, op,
+                  ": ", argument, " must be float32 (", outputs, ", ", groups, "), got ", grid->dim(), "-D ",
+                  torch::headeronly::toString(grid->scalar_type()), " with ", grid->numel(), " elements");
+  grid = torch::stable::contiguous(*grid);
+  return static_cast<const float*>(grid->const_data_ptr());
+}
+
+Tensor pack(Tensor weight, std::string dtype_name, std::string layout_name, int64_t group_size, bool symmetric, std::optional<Tensor> scale,
+            std::optional<Tensor> minimum) {
   static const char* op = "sparse_linear_pack";
   const Float type = float_type(weight, op, "weight");
   STD_TORCH_CHECK(weight.dim() == 2, op, ": weight must be 2-D (out_features, in_features), got ", weight.dim(), "-D");
   const DType dtype = dtype_of(dtype_name, op);
   STD_TORCH_CHECK(layout_name == "auto" || layout_name == "sparse" || layout_name == "dense", op,
                   ": layout must be auto, sparse or dense, got ", layout_name);
+  const bool int4 = dtype == DType::int4;
+  STD_TORCH_CHECK(group_size == 32 || group_size == 64 || group_size == 128, op, ": group_size must be 32, 64 or 128, got ", group_size);
+  STD_TORCH_CHECK(!scale || has_codes(dtype), op, ": scale must be None unless dtype is int8 or int4, got a tensor with dtype ",
+                  dtype_name);
+  STD_TORCH_CHECK(scale.has_value() && int4 && !symmetric ? minimum.has_value() : !minimum, op,
+                  ": minimum must be given with scale for an int4 weight that is not symmetric, and only then");
   weight = torch::stable::contiguous(weight);
-  const Dense dense{weight.const_data_ptr(), type, weight.size(0), weight.size(1)};
-  const int64_t panels = divide_up(dense.outputs, kPanel);
+  Dense dense{weight.const_data_ptr(), type, weight.size(0), weight.size(1)};
+  const int64_t panels = divide_up(dense.outputs, kPanel), groups = int4 ? divide_up(dense.inputs, group_size) : 1;
+  dense.scale = grid_values(scale, "scale", dense.outputs, groups, op);
+  dense.minimum = grid_values(minimum, "minimum", dense.outputs, groups, op);
 
-  std::vector<PanelPlan> plans(panels);
-  for_each(panels, 1, [&](int64_t i) { plans[i] = plan_panel(dense, dtype, i); });
-  int64_t nonzeros = 0, bytes[2] = {0, 0};
-  for (const PanelPlan& plan : plans) {
-    STD_TORCH_CHECK(plan.finite, op, ": weight must be finite to be packed as int8, got NaN or an infinity");
-    nonzeros += plan.nonzeros;
-    for (Layout layout : {Layout::dense, Layout::sparse})
-      bytes[static_cast<int>(layout)] += panel_bytes(dtype, layout, dense.inputs, plan.nonzeros);
+  // What each layout would need; only the wanted one, if it is named.
+  Scheme scheme{dtype, Layout::dense, int4 ? group_size : 0, int4 && symmetric};
+  std::vector<PanelPlan> plans[2];
+  int64_t best = -1, bytes[2] = {0, 0};
+  for (const char* name : {"dense", "sparse"}) {
+    const int i = name[0] == 's';
+    if (layout_name != "auto" && layout_name != name) continue;
+    scheme.layout = static_cast<Layout>(i);
+    plans[i].resize(panels);
+    for_each(panels, 1, [&](int64_t panel) { plans[i][panel] = plan_panel(dense, scheme, panel); });
+    for (const PanelPlan& plan : plans[i]) {
+      STD_TORCH_CHECK(plan.representable, op, ": weight must be finite", int4 ? " and within the range of fp16 scales" : "",
+                      " to be packed as ", dtype_name, ", got ", int4 ? "other values" : "NaN or an infinity");
+      bytes[i] += plan.bytes;
+    }
+    if (best < 0 || bytes[i] < bytes[best]) best = i;
   }
-  const Layout layout = layout_name == "dense"    ? Layout::dense
-                        : layout_name == "sparse" ? Layout::sparse
-                        : bytes[1] < bytes[0]     ? Layout::sparse
-                                                  : Layout::dense;
+  scheme.layout = static_cast<Layout>(best);
 
-  const int64_t first = round_up(sizeof(Header) + (panels + 1) * 8, 64), total = first + bytes[static_cast<int>(layout)] + kTail;
+  const int64_t first = round_up(sizeof(Header) + (panels + 1) * 8, 64), total = first + bytes[best] + kTail;
   Tensor packed = torch::stable::empty({total}, ScalarType::Byte);
   uint8_t* data = static_cast<uint8_t*>(packed.mutable_data_ptr());
   std::memset(data, 0, first);
   std::memset(data + total - kTail, 0, kTail);
-  const Header header{kMagic, kVersion, dtype, layout, 0, dense.outputs, dense.inputs, total, nonzeros, 0};
-  std::memcpy(data, &header, sizeof(header));
+  int64_t nonzeros = 0;
   std::vector<int64_t> offsets{first};
-  for (const PanelPlan& plan : plans) offsets.push_back(offsets.back() + panel_bytes(dtype, layout, dense.inputs, plan.nonzeros));
+  for (const PanelPlan& plan : plans[best]) {
+    nonzeros += plan.nonzeros;
+    offsets.push_back(offsets.back() + plan.bytes);
+  }
+  const Header header{kMagic,        kVersion,     dtype, scheme.layout, static_cast<uint32_t>(scheme.group_size),
+                      dense.outputs, dense.inputs, total, nonzeros,      scheme.symmetric};
+  std::memcpy(data, &header, sizeof(header));
   std::memcpy(data + sizeof(header), offsets.data(), offsets.size() * 8);
-  for_each(panels, 1, [&](int64_t i) { write_panel(dense, dtype, layout, i, plans[i], data + offsets[i]); });
+  for_each(panels, 1, [&](int64_t i) { write_panel(dense, scheme, i, data + offsets[i]); });
   return packed;
 }
 
@@ -234,9 +197,15 @@ Tensor check(Tensor packed) {
     nonzeros += count;
   });
   STD_TORCH_CHECK(intact && nonzeros == header.nonzeros, op, ": packed must be intact, got a panel whose bitmap and bytes disagree");
-  Tensor out = torch::stable::empty({6}, ScalarType::Long);
-  const int64_t facts[6] = {
-      header.version, static_cast<int64_t>(header.dtype), static_cast<int64_t>(header.layout), header.outputs, header.inputs, nonzeros};
+  Tensor out = torch::stable::empty({8}, ScalarType::Long);
+  const int64_t facts[8] = {header.version,
+                            static_cast<int64_t>(header.dtype),
+                            static_cast<int64_t>(header.layout),
+                            header.outputs,
+                            header.inputs,
+                            nonzeros,
+                            header.group_size,
+                            header.symmetric};
   std::memcpy(out.mutable_data_ptr(), facts, sizeof(facts));
   return out;
 }

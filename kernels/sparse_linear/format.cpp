@@ -30,6 +30,26 @@ int64_t word_bytes(DType dtype) { return 2 * group_of(dtype); }
 // Zero for zero, and for a scale so small that its inverse overflows: all codes of that output are zero.
 float inverse(float scale) { return 1.0f / scale <= FLT_MAX ? 1.0f / scale : 0.0f; }
 
+// int8: the value of one step of output n, as given or so that the largest weight has code 127.
+float scale_of(const Dense& weight, int64_t n) {
+  if (weight.scale) return weight.scale[n];
+  float largest = 0;
+  for (int64_t k = 0; k < weight.inputs; ++k)
+    largest = std::max(largest, std::fabs(load_float(weight.data, weight.type, n * weight.inputs + k)));
+  return largest / 127;
+}
+
+// Of a panel with this many stored values; for int4 with these many bytes of them.
+int64_t panel_bytes(const Scheme& scheme, int64_t inputs, int64_t values) {
+  const int64_t rows = round_up(divide_up(inputs, group_of(scheme.dtype)), scheme.dtype == DType::int4 ? 4 : 1);
+  if (scheme.dtype == DType::int4) {
+    const int64_t heads = divide_up(inputs, scheme.group_size) * scheme.group_head();
+    return heads + (scheme.layout == Layout::dense ? rows * kRow : rows * 16 + values);
+  }
+  return (scheme.layout == Layout::dense ? rows * kRow : rows * word_bytes(scheme.dtype) + values * size_of(scheme.dtype)) +
+         panel_tail(scheme.dtype);
+}
+
 // Calls visit(row, bit, n, k) for the elements of a panel in stream order; padding has n or k past the end.
 template <typename Visit>
 void for_each(int64_t row_begin, int64_t row_end, int64_t panel, int64_t group, const Visit& visit) {
@@ -46,18 +66,21 @@ const char* open(const uint8_t* data, int64_t bytes, Packed& out) {
   if (header.magic != kMagic) return "an array that does not begin with the format's magic number";
   if (header.version > kVersion) return "a format version from the future: update torch_cpu_ext";
   if (header.version < 1) return "format version 0";
-  if (header.dtype > DType::int8) return "an unknown dtype code";
+  if (header.dtype > DType::int4) return "an unknown dtype code";
   if (header.layout > Layout::sparse) return "an unknown layout code";
+  const bool int4 = header.dtype == DType::int4, known = header.group_size == 32 || header.group_size == 64 || header.group_size == 128;
+  if (int4 ? !known : header.group_size != 0) return "an unknown group size";
+  if (header.symmetric != 0 && !(int4 && header.symmetric == 1)) return "an unknown kind of zero";
   constexpr int64_t limit = int64_t{1} << 40;  // far above any layer, and no product of two sizes below overflows
   if (header.outputs < 0 || header.inputs < 0 || header.outputs > limit || header.inputs > limit) return "sizes out of range";
   if (header.bytes != bytes) return "an array of another length than its header says (truncated?)";
-  out = Packed{data, header.dtype, header.layout, header.outputs, header.inputs, bytes};
+  out = Packed{{header.dtype, header.layout, header.group_size, header.symmetric == 1}, data, header.outputs, header.inputs, bytes};
   const int64_t panels = out.panels();
   if (panels > bytes / 8) return "an array too short for its offsets";
   const int64_t first = round_up(sizeof(Header) + (panels + 1) * 8, 64);
   if (first + kTail > bytes) return "an array too short for its offsets";
   if (out.offset(0) != first || out.offset(panels) != bytes - kTail) return "offsets that do not span the array";
-  const int64_t least = panel_bytes(header.dtype, header.layout, header.inputs, 0);
+  const int64_t least = panel_bytes(out, header.inputs, 0);
   const bool fixed = header.layout == Layout::dense;
   int64_t begin = first;
   for (int64_t panel = 0; panel < panels; ++panel) {
@@ -69,43 +92,38 @@ const char* open(const uint8_t* data, int64_t bytes, Packed& out) {
   return nullptr;
 }
 
-PanelPlan plan_panel(const Dense& weight, DType dtype, int64_t panel) {
-  PanelPlan plan{{}, 0, true};
+PanelPlan plan_panel(const Dense& weight, const Scheme& scheme, int64_t panel) {
+  if (scheme.dtype == DType::int4) return plan_panel_int4(weight, scheme, panel);
+  PanelPlan plan{0, 0, true};
   const int64_t first = panel * kPanel, last = std::min(first + kPanel, weight.outputs);
   for (int64_t n = first; n < last; ++n) {
-    float inverse_scale = 0;
-    if (dtype == DType::int8) {
-      float largest = 0;
-      for (int64_t k = 0; k < weight.inputs; ++k) {
-        const float value = load_float(weight.data, weight.type, n * weight.inputs + k);
-        plan.finite &= std::isfinite(value);
-        largest = std::max(largest, std::fabs(value));
-      }
-      plan.scale[n - first] = largest / 127;
-      inverse_scale = inverse(plan.scale[n - first]);
+    const float inverse_scale = scheme.dtype == DType::int8 ? inverse(scale_of(weight, n)) : 0;
+    for (int64_t k = 0; k < weight.inputs; ++k) {
+      const float value = load_float(weight.data, weight.type, n * weight.inputs + k);
+      if (scheme.dtype == DType::int8 && !std::isfinite(value)) return {0, 0, false};
+      plan.nonzeros += !is_zero(encode(value, scheme.dtype, inverse_scale), scheme.dtype);
     }
-    for (int64_t k = 0; k < weight.inputs; ++k)
-      plan.nonzeros += !is_zero(encode(load_float(weight.data, weight.type, n * weight.inputs + k), dtype, inverse_scale), dtype);
   }
+  plan.bytes = panel_bytes(scheme, weight.inputs, plan.nonzeros);
   return plan;
 }
 
-int64_t panel_bytes(DType dtype, Layout layout, int64_t inputs, int64_t nonzeros) {
-  const int64_t rows = divide_up(inputs, group_of(dtype));
-  return (layout == Layout::dense ? rows * kRow : rows * word_bytes(dtype) + nonzeros * size_of(dtype)) + panel_tail(dtype);
-}
-
-void write_panel(const Dense& weight, DType dtype, Layout layout, int64_t panel, const PanelPlan& plan, uint8_t* out) {
+void write_panel(const Dense& weight, const Scheme& scheme, int64_t panel, uint8_t* out) {
+  if (scheme.dtype == DType::int4) return write_panel_int4(weight, scheme, panel, out);
+  const DType dtype = scheme.dtype;
   const int64_t group = group_of(dtype), rows = divide_up(weight.inputs, group), chunk_rows = kChunk / group, size = size_of(dtype);
-  float inverse_scale[kPanel];
-  for (int64_t i = 0; i < kPanel; ++i) inverse_scale[i] = inverse(plan.scale[i]);
+  float scale[kPanel] = {}, inverse_scale[kPanel] = {};
+  for (int64_t i = 0; dtype == DType::int8 && i < kPanel && panel * kPanel + i < weight.outputs; ++i) {
+    scale[i] = scale_of(weight, panel * kPanel + i);
+    inverse_scale[i] = inverse(scale[i]);
+  }
   const auto code_at = [&](int64_t n, int64_t k) {
     if (n >= weight.outputs || k >= weight.inputs) return zero_code(dtype);
     return encode(load_float(weight.data, weight.type, n * weight.inputs + k), dtype, inverse_scale[n % kPanel]);
   };
   for (int64_t row = 0; row < rows; row += chunk_rows) {
     const int64_t end = std::min(row + chunk_rows, rows);
-    if (layout == Layout::dense) {
+    if (scheme.layout == Layout::dense) {
       for_each(row, end, panel, group, [&](int64_t, int64_t, int64_t n, int64_t k) {
         const uint32_t code = code_at(n, k);
         std::memcpy(out, &code, size);
@@ -124,12 +142,13 @@ void write_panel(const Dense& weight, DType dtype, Layout layout, int64_t panel,
       out += size;
     });
   }
-  if (dtype == DType::int8) std::memcpy(out, plan.scale, sizeof(plan.scale));
+  if (dtype == DType::int8) std::memcpy(out, scale, sizeof(scale));
 }
 
 int64_t unpack_panel(const Packed& weight, int64_t panel, void* out, Float out_type) {
+  if (weight.dtype == DType::int4) return unpack_panel_int4(weight, panel, out, out_type);
   const DType dtype = weight.dtype;
-  const int64_t group = weight.group(), rows = weight.rows(), chunk_rows = kChunk / group, size = size_of(dtype);
+  const int64_t group = group_of(dtype), rows = weight.rows(), chunk_rows = kChunk / group, size = size_of(dtype);
   const uint8_t* at = weight.data + weight.offset(panel);
   const uint8_t* end = weight.data + weight.offset(panel + 1) - panel_tail(dtype);
   float scale[kPanel] = {};

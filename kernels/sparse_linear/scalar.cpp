@@ -3,13 +3,17 @@
 #include <array>
 #include <bit>
 #include <cmath>
+#include <limits>
 #include <memory>
 
+#include "decode.h"
 #include "sparse_linear.h"
 
 namespace tce::sparse_linear::scalar {
 
 #include "sparse_linear.inl"
+#include "int4.inl"
+#include "decode.inl"
 
 template <DType D>
 struct Plain {
@@ -65,8 +69,42 @@ struct Plain {
   }
 };
 
+struct Int4 {
+  static constexpr DType dtype = DType::int4;
+  static constexpr int64_t kRowBlock = 1, kStreamRows = 0;
+  using X = int8_t;
+
+  static const uint8_t* expand_row(const uint8_t* words, const uint8_t* values, const uint8_t* zeros, uint8_t* out) {
+    return expand_halves<Int4>(words, values, zeros, out);
+  }
+
+  static void spread(const uint8_t* words, const uint8_t* codes, const uint8_t* zeros, uint8_t* out) {
+    for (int64_t i = 0; i < kRow; ++i) out[i] = words[i / 8] >> i % 8 & 1 ? *codes++ : zeros[i];
+  }
+
+  template <int M>
+  static void dot(const Unit* units, int64_t count, const Activations<Int4>& a, float* sums) {
+    for (int64_t u = 0; u < count; ++u) {
+      const Unit& unit = units[u];
+      int32_t integers[kPanel] = {};
+      for (int64_t r = 0; r < kUnitRows; ++r) {
+        const int8_t* x = a.x + (u * kUnitRows + r) * 8;
+        for (int n = 0; n < kPanel; ++n) {
+          for (int j = 0; j < 4; ++j) {
+            const int byte = unit.codes[r * kRow + 4 * n + j];
+            integers[n] += (byte & 15) * x[j] + (byte >> 4) * x[j + 4];
+          }
+        }
+      }
+      const float scale = a.scale[u], sum = x_sum(a, u);
+      for (int n = 0; n < kPanel; ++n) sums[n] += unit.scale[n] * (static_cast<float>(integers[n]) * scale) + unit.minimum[n] * sum;
+    }
+  }
+};
+
 Variant fp32() { return variant<Plain<DType::fp32>>(); }
 Variant bf16() { return variant<Plain<DType::bf16>>(); }
 Variant int8() { return variant<Plain<DType::int8>>(); }
+Variant int4() { return int4_variant<Int4>(); }
 
 }  // namespace tce::sparse_linear::scalar

@@ -25,8 +25,21 @@ namespace tce::sparse_linear {
 //
 // So a whole chunk has 128 bytes of bitmap for 1024 weights in every dtype. int8 codes are stored as code + 128; a zero weight is 128.
 // Bitmap and values share one stream because two short streams cost twice the time from DRAM (docs/techniques/sparse_linear.md).
+//
+// int4 has groups of 32, 64 or 128 inputs that share a scale, and codes from 0 to 15. Inputs are padded to whole chunks of 32:
+//
+//   panel   group 0 | group 1 | ...
+//   group   scales: fp16[16] | what zero is (unless symmetric) | chunk | chunk | ...
+//   chunk   32 inputs, as four rows of 16 outputs x 8 inputs: element (n, k) with j = k % 8 is in byte (n % 16) * 4 + j % 4, in the low
+//   half
+//           where j < 4, else in the high half
+//
+//   dense   weight = scale * code + minimum;  minimums: fp16[16]; symmetric: weight = scale * (code - 8); a row is 64 bytes
+//   sparse  weight = scale * (code - zero);   zeros: uint8[16];   symmetric: zero = 8;
+//           chunk = two bitmap words of 64 bits for each row, of its low and of its high halves | for each row the nonzero codes, the
+//           low ones and the high ones each in order, as many bytes as the more numerous need; missing halves are 0
 
-enum class DType : uint32_t { fp32, bf16, int8 };
+enum class DType : uint32_t { fp32, bf16, int8, int4 };
 enum class Layout : uint32_t { dense, sparse };
 
 constexpr uint64_t kMagic = 0x4c5053'45435401;  // 01 "TCESPL"
@@ -38,30 +51,41 @@ struct Header {
   uint32_t version;
   DType dtype;
   Layout layout;
-  uint32_t reserved;
+  uint32_t group_size;  // int4: inputs that share a scale; else 0
   int64_t outputs, inputs;
-  int64_t bytes;     // of the whole array
-  int64_t nonzeros;  // stored values that are weights (not padding)
-  int64_t padding;
+  int64_t bytes;      // of the whole array
+  int64_t nonzeros;   // weights that are not zero
+  int64_t symmetric;  // int4: 1 if zero is always code 8; else 0
 };
 static_assert(sizeof(Header) == 64);
 
 constexpr int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 constexpr int64_t round_up(int64_t a, int64_t b) { return divide_up(a, b) * b; }
 
-constexpr int64_t group_of(DType dtype) { return dtype == DType::fp32 ? 1 : dtype == DType::bf16 ? 2 : 4; }
+// Inputs in a row of 64 bytes.
+constexpr int64_t group_of(DType dtype) { return int64_t{1} << static_cast<int>(dtype); }
+constexpr int64_t chunk_of(DType dtype) { return dtype == DType::int4 ? 32 : kChunk; }
+constexpr bool has_codes(DType dtype) { return dtype == DType::int8 || dtype == DType::int4; }
 constexpr int64_t panel_tail(DType dtype) { return dtype == DType::int8 ? kPanel * 4 : 0; }
 
-// A packed weight whose header and offsets have been checked (see open in format.h).
-struct Packed {
-  const uint8_t* data;
+// How the panels of a packed weight are written.
+struct Scheme {
   DType dtype;
   Layout layout;
+  int64_t group_size;  // of int4, else 0
+  bool symmetric;
+
+  // int4: bytes before the chunks of a group.
+  int64_t group_head() const { return kPanel * 2 + (symmetric ? 0 : layout == Layout::dense ? kPanel * 2 : kPanel); }
+};
+
+// A packed weight whose header and offsets have been checked (see open in format.h).
+struct Packed : Scheme {
+  const uint8_t* data;
   int64_t outputs, inputs, bytes;
 
   int64_t panels() const { return divide_up(outputs, kPanel); }
-  int64_t group() const { return group_of(dtype); }
-  int64_t rows() const { return divide_up(inputs, group()); }
+  int64_t rows() const { return divide_up(inputs, group_of(dtype)); }
   int64_t offset(int64_t panel) const {  // the array may be unaligned (a memory-mapped file)
     int64_t value;
     std::memcpy(&value, data + sizeof(Header) + panel * 8, 8);
@@ -74,9 +98,9 @@ struct Product {
   Packed weight;
   int64_t m;          // rows of x
   void* x;            // as `prepare` wrote it: [m][padded inputs]
-  float* x_scale;     // int8: [m][groups], the value of one step of x
-  int32_t* x_offset;  // int8: [m][groups], -128 times the sum of the group's codes: takes the 128 in the weights back out
-  int64_t x_group;    // int8: inputs that share a scale, 32 or 64
+  float* x_scale;     // int8, int4: [m][groups], the value of one step of x
+  int32_t* x_offset;  // int8, int4: [m][groups], -128 times the sum of the group's codes: takes the 128 in int8 weights back out
+  int64_t x_group;    // int8, int4: inputs that share a scale, 32 or 64; 32 for int4
   const float* bias;  // [outputs], or null
   void* out;          // [m][outputs]
   Float out_type;
@@ -99,16 +123,16 @@ struct Variant {
 
 // The variants there are, by instruction set and dtype. Files that this machine or compiler cannot use are left out of a build.
 namespace scalar {
-Variant fp32(), bf16(), int8();
+Variant fp32(), bf16(), int8(), int4();
 }
 namespace avx2 {
-TCE_OPTIONAL Variant fp32(), bf16(), int8();
+TCE_OPTIONAL Variant fp32(), bf16(), int8(), int4();
 }
 namespace avx512 {
-TCE_OPTIONAL Variant fp32(), bf16(), int8();
+TCE_OPTIONAL Variant fp32(), bf16(), int8(), int4();
 }
 namespace avx512_vnni {
-TCE_OPTIONAL Variant bf16(), int8();
+TCE_OPTIONAL Variant bf16(), int8(), int4();
 }
 namespace avx512_bf16 {
 TCE_OPTIONAL Variant bf16();

@@ -1,5 +1,5 @@
 // The body that every instruction set includes, inside its region and its namespace. After it the including file defines a tag T for each
-// dtype it serves, with the members
+// dtype it serves (for int4 see int4.inl), with the members
 //
 //   dtype, X             the dtype, and the element type of the activations that `prepare` writes
 //   expand(words, values, rows, out)          a chunk's rows in dense form; returns the end of the values, may read kTail bytes past it
@@ -15,7 +15,7 @@ constexpr int64_t kWord = 2 * kGroup<T>;  // bytes of a row's bitmap word
 template <typename T>
 constexpr int64_t kChunkRows = kChunk / kGroup<T>;
 
-// x of the rows one call works on: row i begins at x + i * x_stride; int8 also has a scale and an offset for every group of row_group rows.
+// x of the rows one call works on: row i begins at x + i * x_stride; with codes there is a scale and an offset for every row_group rows.
 template <typename T>
 struct Activations {
   const typename T::X* x;
@@ -30,7 +30,7 @@ template <typename T>
 static Activations<T> activations(const Product& p, int64_t m, int64_t row) {
   const int64_t stride = p.padded_inputs();
   Activations<T> a{static_cast<typename T::X*>(p.x) + m * stride + row * kGroup<T>, stride, nullptr, nullptr, 0, 1};
-  if constexpr (T::dtype == DType::int8) {
+  if constexpr (has_codes(T::dtype)) {
     const int64_t groups = p.x_groups(), first = m * groups + row * kGroup<T> / p.x_group;
     a = {a.x, stride, p.x_scale + first, p.x_offset + first, groups, p.x_group / kGroup<T>};
   }
@@ -83,7 +83,7 @@ static void prepare(const Product& p, const void* source, Float type, int64_t be
       const int64_t n = std::min(kChunk, k - first);
       float values[kChunk];
       load_chunk(source, type, m * k + first, n, values);
-      if constexpr (T::dtype == DType::int8) {
+      if constexpr (has_codes(T::dtype)) {
         const int64_t group = m * p.x_groups() + first / p.x_group;
         if (p.x_group == kChunk) {
           quantize<kChunk>(values, x, p.x_scale[group], p.x_offset[group]);
@@ -158,16 +158,22 @@ static void store(const Product& p, int64_t m, int64_t panel, const float* sums)
   std::memcpy(static_cast<uint16_t*>(p.out) + at, halves, count * 2);
 }
 
+// Moves on by `count` rows of x.
+template <typename T>
+static void skip(Activations<T>& a, int64_t count) {
+  a.x += count * a.x_stride;
+  if constexpr (has_codes(T::dtype)) {
+    a.scale += count * a.scale_stride;
+    a.offset += count * a.scale_stride;
+  }
+}
+
 // Dense rows times rows of x, in blocks of M rows, then of M / 2, ...
 template <typename T, int M, int P>
 static void dot_rows(const uint8_t* const* weight, int64_t rows, Activations<T> a, float* sums, int64_t count) {
   for (; count >= M; count -= M) {
     T::template dot<M, P>(weight, rows, a, sums);
-    a.x += M * a.x_stride;
-    if constexpr (T::dtype == DType::int8) {
-      a.scale += M * a.scale_stride;
-      a.offset += M * a.scale_stride;
-    }
+    skip(a, M);
     sums += M * P * kPanel;
   }
   if constexpr (M > 1) {

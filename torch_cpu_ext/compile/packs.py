@@ -28,7 +28,7 @@ def pack(weight: Tensor, config: SparseLinearConfig) -> Tensor:
     """The packed form of ``weight`` as it is now; at the second call the one of the first.
 
     Raises:
-        RuntimeError: int8 is asked for, and ``weight`` has NaN or infinities.
+        RuntimeError: int8 or int4 is asked for, and ``weight`` has NaN or infinities.
         ValueError: pruning is asked for, and ``weight`` has NaN or infinities.
     """
     made: dict[SparseLinearConfig, tuple[Stamp, weakref.ref[Tensor]]] = _packs.setdefault(weight, {})
@@ -40,7 +40,7 @@ def pack(weight: Tensor, config: SparseLinearConfig) -> Tensor:
         dense = weight.detach()
         if config.sparsity is not None:
             dense = dense * magnitude_mask(dense, config.sparsity, config.granularity)
-        packed = ops.pack(dense, dtype=config.dtype, layout=config.layout)
+        packed = ops.pack(dense, dtype=config.dtype, layout=config.layout, group_size=config.group_size, symmetric=config.symmetric)
     made[config] = stamp, weakref.ref(packed)
     return packed
 

@@ -104,7 +104,7 @@ def _inspect(node: fx.Node, weight: fx.Node, value: Any, config: SparseLinearCon
     layer.bytes_before = value.numel() * value.element_size()
     if config is None:
         layer.config, layer.reason = _lossless(value)
-    elif (config.sparsity is not None or config.dtype == "int8") and not bool(value.detach().isfinite().all()):
+    elif (config.sparsity is not None or config.dtype in ("int8", "int4")) and not bool(value.detach().isfinite().all()):
         layer.reason = "weight has NaN or infinities"
     else:
         tied = len({_name(user) for user in weight.users}) > 1

@@ -1,5 +1,6 @@
 """Saving and loading optimized models: one safetensors file, written whole or not at all."""
 
+import importlib
 import json
 import os
 import secrets
@@ -79,7 +80,10 @@ def load_checkpoint(model: nn.Module, path: str | os.PathLike[str]) -> nn.Module
     modules: dict[str, nn.Module] = {}
     for name, spec in metadata["modules"].items():
         values = dict(spec)
-        cls = Replacement.classes.get(values.pop("class"))
+        kind = values.pop("class")
+        if kind in Replacement.elsewhere:
+            importlib.import_module(Replacement.elsewhere[kind])
+        cls = Replacement.classes.get(kind)
         if cls is None:
             raise CorruptFileError(f"{path}: {name} is a {spec['class']}, which this version does not know")
         try:
@@ -87,7 +91,7 @@ def load_checkpoint(model: nn.Module, path: str | os.PathLike[str]) -> nn.Module
         except AttributeError as error:
             raise ValueError(f"load_checkpoint: model must have a module {name!r}, as the file does") from error
         try:
-            modules[name] = cls.from_spec(values).train(model.get_submodule(name).training)
+            modules[name] = cls.from_spec(values, model.get_submodule(name)).train(model.get_submodule(name).training)
         except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise CorruptFileError(f"{path}: what it says of {name} is damaged: {error}") from error
     tensors |= {name: tensors[other] for name, other in metadata["shared"].items()}
@@ -107,6 +111,8 @@ def load_checkpoint(model: nn.Module, path: str | os.PathLike[str]) -> nn.Module
         raise
     for name, other in metadata["shared"].items():
         _tie(result, name, other)
+    for kind in {type(module) for module in result.modules() if isinstance(module, Replacement)}:
+        kind.settle(result)
     return result
 
 

@@ -1,9 +1,9 @@
 """Everything a user can choose about sparse_linear."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from ..core.config import Config, require
-from .ops import DTYPES, LAYOUTS
+from .ops import DTYPES, GROUP_SIZES, LAYOUTS
 
 GRANULARITIES = ("row", "layer")
 
@@ -13,13 +13,19 @@ class SparseLinearConfig(Config):
     """How `torch_cpu_ext.optimize` packs the Linear layers of a model (SparAMX, arXiv:2502.12444).
 
     Args:
-        dtype: how weights are stored and multiplied. ``"int8"``: one scale an output, activations quantised on the way in; the fewest
-            bytes, hence the default. ``"bf16"``: weights and activations rounded to bfloat16. ``"fp32"``: nothing is rounded.
+        dtype: how weights are stored and multiplied. ``"int8"``: one scale an output, activations quantised on the way in; the least
+            loss for its bytes, hence the default. ``"int4"``: a scale for every group of inputs, activations quantised likewise; the fewest
+            bytes. ``"bf16"``: weights and activations rounded to bfloat16. ``"fp32"``: nothing is rounded.
         sparsity: share of weights to prune by magnitude before packing, in ``(0, 1)``; None prunes nothing and keeps the zeros that are
             there. Weights that another module shares (a tied ``lm_head``) are packed unpruned.
         granularity: where magnitudes are compared: ``"row"`` prunes the same share of every output, ``"layer"`` of the whole weight.
         layout: ``"sparse"``, ``"dense"``, or ``"auto"``, which takes what needs fewer bytes, for each layer.
-        activation_group: inputs that share a scale when int8 layers quantise their activations, 32 or 64.
+        group_size: inputs that share a scale in int4 weights, 32, 64 or 128.
+        symmetric: whether the grid of int4 weights is centred on zero. False costs up to 2 bytes more a group and is far more accurate.
+        head_dtype: `dtype` of the output embedding (``lm_head``), which a model's ``get_output_embeddings`` names; None: int8 where
+            ``dtype`` is int4, which would cost accuracy there, else ``dtype``.
+        activation_group: inputs that share a scale when layers quantise their activations, 32 or 64; 32 for int4 weights.
+        fuse: run the layers of a transformers model that are Llama-shaped in one op where a call has few tokens (decoding).
         keep_original: keep the dense weights, so that `restore` gives them back exactly whatever was rounded or pruned; costs their memory.
     Raises:
         ValueError: a value is not among those accepted.
@@ -29,7 +35,11 @@ class SparseLinearConfig(Config):
     sparsity: float | None = None
     granularity: str = "row"
     layout: str = "auto"
+    group_size: int = 32
+    symmetric: bool = False
+    head_dtype: str | None = None
     activation_group: int = 32
+    fuse: bool = True
     keep_original: bool = False
 
     def __post_init__(self) -> None:
@@ -37,4 +47,16 @@ class SparseLinearConfig(Config):
         require(self.sparsity is None or 0 < self.sparsity < 1, self, "sparsity", "None or between 0 and 1, both excluded")
         require(self.granularity in GRANULARITIES, self, "granularity", f"one of {', '.join(GRANULARITIES)}")
         require(self.layout in ("auto", *LAYOUTS), self, "layout", f"one of auto, {', '.join(LAYOUTS)}")
-        require(self.activation_group in (32, 64), self, "activation_group", "32 or 64")
+        require(self.group_size in GROUP_SIZES, self, "group_size", "32, 64 or 128")
+        require(self.head_dtype is None or self.head_dtype in DTYPES, self, "head_dtype", f"None or one of {', '.join(DTYPES)}")
+        int4 = "int4" in (self.dtype, self.head_dtype)
+        require(
+            self.activation_group == 32 or (self.activation_group == 64 and not int4),
+            self,
+            "activation_group",
+            "32 for int4 weights" if int4 else "32 or 64",
+        )
+
+    def for_head(self) -> "SparseLinearConfig":
+        """The config of the output embedding: with ``head_dtype`` as its dtype."""
+        return replace(self, dtype=self.head_dtype or ("int8" if self.dtype == "int4" else self.dtype), head_dtype=None)

@@ -1,12 +1,13 @@
 """`SparseLinear`, the drop-in for ``nn.Linear``."""
 
 from collections.abc import Callable
+from itertools import accumulate
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
-from ..core import jit
+from ..core import jit, memory
 from ..core.swap import Replacement, Row, tensor_bytes
 from . import ops
 from .config import SparseLinearConfig
@@ -24,8 +25,10 @@ class SparseLinear(Replacement):
         in_features: size of the last dimension of the input.
         out_features: size of the last dimension of the output.
         bias: whether there is a bias.
-        dtype: ``"fp32"``, ``"bf16"`` or ``"int8"``; checked when weights are loaded.
-        activation_group: inputs that share a scale when an int8 layer quantises its input, 32 or 64.
+        dtype: ``"fp32"``, ``"bf16"``, ``"int8"`` or ``"int4"``; checked when weights are loaded.
+        activation_group: inputs that share a scale when an int8 or int4 layer quantises its input, 32 or 64 (int4: 32).
+        group_size: inputs that share a scale in an int4 weight; used when a dense weight is loaded, a packed one says its own.
+        symmetric: whether the grid of an int4 weight is centred on zero; used likewise.
         device: of the (empty) parameters; ``"meta"`` is fine.
 
     A layer made by the constructor holds no weights until ``load_state_dict`` brings them, packed (key ``packed``) or dense (key
@@ -46,14 +49,18 @@ class SparseLinear(Replacement):
         *,
         dtype: str = "int8",
         activation_group: int = 32,
+        group_size: int = 32,
+        symmetric: bool = False,
         device: torch.device | str | None = None,
     ) -> None:
         super().__init__()
         self.in_features = in_features
         self.out_features = out_features
-        config = SparseLinearConfig(dtype=dtype, activation_group=activation_group)
+        config = SparseLinearConfig(dtype=dtype, activation_group=activation_group, group_size=group_size, symmetric=symmetric)
         self.dtype = config.dtype
         self.activation_group = config.activation_group
+        self.group_size = config.group_size
+        self.symmetric = config.symmetric
         self.weight_dtype = torch.float32  # of the dense weight that `weight` and `to_linear` give
         self.weight_requires_grad = True
         self._original: tuple[Tensor, ...] = ()  # a dense weight that lives on: tied to another module, or kept on request
@@ -69,7 +76,7 @@ class SparseLinear(Replacement):
             config: None for the default.
             tied: the weight belongs to another module too: it is not pruned, and `to_linear` gives back the very same parameter.
         Raises:
-            ValueError: the weight is on another device than the CPU, or has NaN or infinities where pruning or int8 need numbers.
+            ValueError: the weight is on another device than the CPU, or has NaN or infinities where pruning or codes need numbers.
             TypeError: the weight is not float32, bfloat16 or float16.
         """
         config = config or SparseLinearConfig()
@@ -79,12 +86,20 @@ class SparseLinear(Replacement):
         if weight.dtype not in ops.FLOATS.values():
             raise TypeError(f"from_linear: linear.weight must be float32, bfloat16 or float16, got {weight.dtype}")
         dense = weight.detach()
-        if config.dtype == "int8" and not bool(dense.isfinite().all()):
-            raise ValueError("from_linear: linear.weight must be finite to be packed as int8, got NaN or an infinity")
+        if config.dtype in ("int8", "int4") and not bool(dense.isfinite().all()):
+            raise ValueError(f"from_linear: linear.weight must be finite to be packed as {config.dtype}, got NaN or an infinity")
         if config.sparsity is not None and not tied:
             dense = dense * magnitude_mask(dense, config.sparsity, config.granularity)
-        result = cls(linear.in_features, linear.out_features, False, dtype=config.dtype, activation_group=config.activation_group)
-        result.packed = ops.pack(dense, dtype=config.dtype, layout=config.layout)
+        result = cls(
+            linear.in_features,
+            linear.out_features,
+            False,
+            dtype=config.dtype,
+            activation_group=config.activation_group,
+            group_size=config.group_size,
+            symmetric=config.symmetric,
+        )
+        result.packed = ops.pack(dense, dtype=config.dtype, layout=config.layout, group_size=config.group_size, symmetric=config.symmetric)
         result.bias = linear.bias
         result.weight_dtype, result.weight_requires_grad = weight.dtype, weight.requires_grad
         if tied or config.keep_original:
@@ -146,16 +161,28 @@ class SparseLinear(Replacement):
             "bias": self.bias is not None,
             "dtype": self.dtype,
             "activation_group": self.activation_group,
+            "group_size": self.group_size,
+            "symmetric": self.symmetric,
             "weight_dtype": str(self.weight_dtype).removeprefix("torch."),
         }
 
     @classmethod
-    def from_spec(cls, values: dict[str, Any]) -> "SparseLinear":
+    def from_spec(cls, values: dict[str, Any], module: nn.Module) -> "SparseLinear":
         arguments = dict(values)
         weight_dtype = getattr(torch, arguments.pop("weight_dtype"))
         result = cls(**arguments, device="meta")
         result.weight_dtype = weight_dtype
         return result
+
+    @classmethod
+    def settle(cls, model: nn.Module) -> None:
+        """Moves the packed weights of a model into one array in huge pages, of which the layers keep views; one layer at a time."""
+        layers = [module for module in model.modules() if isinstance(module, SparseLinear) and module._has_weights()]
+        ends = list(accumulate((-(-layer.packed.numel() // 64) * 64 for layer in layers), initial=0))
+        arena = memory.zeros(ends[-1])
+        for layer, start in zip(layers, ends, strict=False):
+            place = arena[start : start + layer.packed.numel()]
+            layer.packed = place.copy_(layer.packed)
 
     def extra_repr(self) -> str:
         return (
@@ -183,14 +210,15 @@ class SparseLinear(Replacement):
                 errors.append(f"{prefix}weight must be {(self.out_features, self.in_features)}, got {tuple(weight.shape)}")
                 return
             try:
-                packed = state_dict[prefix + "packed"] = ops.pack(weight, dtype=self.dtype)
+                packed = ops.pack(weight, dtype=self.dtype, group_size=self.group_size, symmetric=self.symmetric)
+                state_dict[prefix + "packed"] = packed
             except RuntimeError as error:
                 errors.append(f"{prefix}weight: {error}")
                 return
             self.weight_dtype = weight.dtype
         elif packed is not None and packed.device.type != "meta":
             try:
-                _, dtype, _, outputs, inputs, _ = ops.check(packed).tolist()
+                _, dtype, _, outputs, inputs, *_ = ops.check(packed).tolist()
             except RuntimeError as error:
                 errors.append(f"{prefix}packed: {error}")
                 return

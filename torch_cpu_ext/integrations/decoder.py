@@ -1,0 +1,409 @@
+"""Fused decoding of transformers' Llama-shaped models: one op for all layers where a call has few tokens, the model's own code elsewhere.
+
+`torch_cpu_ext.optimize` puts a `FusedDecoder` in the place of the stack of layers (``model.model``); ``model.generate`` is called as
+before.
+"""
+
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
+from transformers.modeling_outputs import BaseModelOutputWithPast
+
+from ..core import jit, memory
+from ..core.swap import Replacement, Row, replace
+from ..sparse_linear import SparseLinear
+from ..sparse_linear.decode import BLOCK, MAX_ROWS, PARTS, decode, read_cache, write_cache
+
+# Stacks of layers that are norm, attention, norm, gated MLP, each with its residual, and the norms' way with their weight.
+MODELS = ("LlamaModel", "MistralModel", "Qwen2Model", "Qwen3Model", "GemmaModel")
+_ACTIVATIONS = {"silu": "silu", "swish": "silu", "gelu_pytorch_tanh": "gelu_tanh"}
+_FIXED_ROPES = ("default", "linear", "llama3", "yarn", "proportional")  # angles that depend on the position alone
+_LINEARS = {
+    "q": "self_attn.q_proj",
+    "k": "self_attn.k_proj",
+    "v": "self_attn.v_proj",
+    "o": "self_attn.o_proj",
+    "gate": "mlp.gate_proj",
+    "up": "mlp.up_proj",
+    "down": "mlp.down_proj",
+}
+_NORMS = {
+    "input_norm": "input_layernorm",
+    "post_norm": "post_attention_layernorm",
+    "q_norm": "self_attn.q_norm",
+    "k_norm": "self_attn.k_norm",
+}
+
+
+class Store:
+    """Keys and values of all layers of one cache, in the blocks that `decode` reads. Grows by half, so that a token costs no copy."""
+
+    def __init__(self, layers: int, heads: int, dim: int) -> None:
+        self.kv = torch.empty(layers, 2, 0, heads, 0, BLOCK, dim, dtype=torch.bfloat16)
+
+    def reserve(self, batch: int, length: int, used: int) -> None:
+        """Makes room for ``length`` tokens of ``batch`` rows, of which ``used`` are there."""
+        layers, _, rows, heads, blocks, _, dim = self.kv.shape
+        if rows == batch and length <= blocks * BLOCK:
+            return
+        if used and rows != batch:
+            raise ValueError(f"the cache holds {rows} rows, got {batch}")
+        wanted = -(-length // BLOCK)
+        shape = (layers, 2, batch, heads, max(wanted + 4, wanted * 3 // 2), BLOCK, dim)
+        larger = memory.zeros(2 * math.prod(shape)).view(torch.bfloat16).view(shape)
+        if used:
+            larger[:, :, :, :, : -(-used // BLOCK)] = self.kv[:, :, :, :, : -(-used // BLOCK)]
+        self.kv = larger
+
+    def select(self, indices: Tensor) -> None:
+        """Keeps these rows of the batch, in this order."""
+        self.kv = self.kv.index_select(2, indices)
+
+
+class StoreLayer(DynamicLayer):
+    """One layer's part of a `Store`, as transformers sees it. The layers of a cache grow, shrink and are reordered together."""
+
+    def __init__(self, store: Store, index: int) -> None:
+        self.store = store
+        self.index = index
+        self.length = 0
+        self.dtype = torch.float32
+        super().__init__()
+        self.is_initialized = True
+        self.device = torch.device("cpu")
+
+    def _read(self, which: int) -> Tensor:
+        kv = self.store.kv[self.index : self.index + 1]
+        return read_cache(kv, self.length)[0, which].to(self.dtype)
+
+    @property
+    def keys(self) -> Tensor:
+        """A copy in plain order, ``(batch, heads, length, head_dim)``."""
+        return self._read(0)
+
+    @keys.setter
+    def keys(self, value: Tensor | None) -> None:
+        assert value is None, "the keys of a fused decoder's cache change by update() only"
+
+    @property
+    def values(self) -> Tensor:
+        """Like `keys`."""
+        return self._read(1)
+
+    @values.setter
+    def values(self, value: Tensor | None) -> None:
+        assert value is None, "the values of a fused decoder's cache change by update() only"
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        """Nothing to do: the store is there from the start."""
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Adds states and gives all of them; what was there before is rounded to bfloat16."""
+        self.dtype = key_states.dtype
+        before, end = self.length, self.length + key_states.shape[-2]
+        self.store.reserve(key_states.shape[0], end, before)
+        write_cache(self.store.kv[self.index : self.index + 1], before, torch.stack([key_states, value_states])[None])
+        self.length = end
+        if not before:
+            return key_states, value_states
+        keys, values = read_cache(self.store.kv[self.index : self.index + 1], before)[0].to(self.dtype)
+        return torch.cat([keys, key_states], -2), torch.cat([values, value_states], -2)
+
+    def get_seq_length(self) -> int:
+        """Tokens in the cache."""
+        return self.length
+
+    def reset(self) -> None:
+        """Forgets all tokens."""
+        self.length = 0
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Forgets the last tokens; ``tokens_to_remove`` is negative, as transformers has it."""
+        if tokens_to_remove > 0:
+            raise ValueError(f"crop: tokens_to_remove must be negative or 0, got {tokens_to_remove}")
+        self.length = max(0, self.length + tokens_to_remove)
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Puts the rows of the batch into another order; the first layer does it for all."""
+        self.batch_select_indices(beam_idx)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeats each row of the batch; the first layer does it for all."""
+        if self.index == 0:
+            self.store.select(torch.arange(self.store.kv.shape[2]).repeat_interleave(repeats))
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keeps some rows of the batch; the first layer does it for all."""
+        if self.index == 0:
+            rows = torch.arange(self.store.kv.shape[2])
+            self.store.select(rows[indices])
+
+
+def obstacle(model: nn.Module) -> str:
+    """Why the layers of a model cannot be fused; empty if they can.
+
+    Args:
+        model: what transformers calls the model, without the head, after its Linears were replaced by `SparseLinear`.
+    """
+    config: Any = model.config
+    if config._attn_implementation not in ("sdpa", "eager"):
+        return f"its attention is {config._attn_implementation}"
+    if _ACTIVATIONS.get(config.hidden_act) is None:
+        return f"its activation is {config.hidden_act}"
+    rope = config.rope_parameters or {}
+    if rope.get("rope_type") not in _FIXED_ROPES:
+        return f"its rotary embedding is {rope.get('rope_type')}"
+    if rope.get("partial_rotary_factor", 1.0) != 1.0:
+        return "its rotary embedding turns a part of each head only"
+    layers = list(model.layers)  # type: ignore[arg-type]
+    if not layers:
+        return "it has no layers"
+    for index, layer in enumerate(layers):
+        for name in _LINEARS.values():
+            linear = layer.get_submodule(name)
+            if type(linear) is not SparseLinear:
+                return f"layers.{index}.{name} is not packed"
+            if linear._forward_hooks or linear._forward_pre_hooks:
+                return f"layers.{index}.{name} has hooks"
+            if linear.activation_group != 32:
+                return f"layers.{index}.{name} has activation_group {linear.activation_group}, not 32"
+        if layer.self_attn.head_dim % BLOCK:
+            return f"its heads have {layer.self_attn.head_dim} elements, not a multiple of {BLOCK}"
+    return ""
+
+
+class FusedDecoder(Replacement):
+    """Stands for a stack of Llama-shaped layers: calls of up to 8 tokens with a cache run in one op, all others in the original's code.
+
+    It shares the original's children, so names in the ``state_dict`` stay, and other attributes are the original's.
+
+    Args:
+        model: the stack, with `SparseLinear` layers.
+    """
+
+    technique = "sparse_linear"
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        # One dictionary in both: what is put in the place of a child is seen by both.
+        self._modules, self._parameters, self._buffers = model._modules, model._parameters, model._buffers
+        self._original = (model,)  # in a tuple, so as not to be a child
+        self._checked = False  # whether the arena is known to be that of the layers; looked at again after each call of the original
+        self._stamp: list[tuple[Any, int]] = []  # the layers that the arena was made of
+        self._arena = torch.empty(0, dtype=torch.uint8)
+        self._vectors = torch.empty(0)
+        self._plan = torch.empty(0, dtype=torch.int64)
+        self._cos = self._sin = torch.empty(0, 0)
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name == "_original":
+                raise
+            return getattr(self._original[0], name)
+
+    def original(self) -> nn.Module:
+        return self._original[0]
+
+    def train(self, mode: bool = True) -> "FusedDecoder":
+        self._original[0].train(mode)
+        self.training = mode
+        return self
+
+    def row(self) -> Row:
+        isa = jit.kernel_isa(self.technique, "decode")
+        return Row(self.technique, "fused decoder", 0, 0, isa, f"{len(self.layers)} layers in one call, up to {MAX_ROWS} tokens")
+
+    def spec(self) -> dict[str, Any]:
+        return {}
+
+    @classmethod
+    def from_spec(cls, values: dict[str, Any], module: nn.Module) -> "FusedDecoder":
+        return cls(module)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """As the original's."""
+        plain = torch.is_grad_enabled() or self.training or torch.compiler.is_compiling()
+        call = None if plain else self._fusable(*args, **kwargs)
+        if call is None:
+            self._checked = False
+            return self._original[0](*args, **kwargs)
+        return self._decode(*call)
+
+    def _fusable(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        cache: Any = None,
+        inputs_embeds: Tensor | None = None,
+        use_cache: bool | None = None,
+        past_key_values: Any = None,
+        return_dict: bool | None = None,
+        **kwargs: Any,
+    ) -> tuple[Any, ...] | None:
+        """What `_decode` takes, or None where the original must run; adopts the cache in either case."""
+        cache = past_key_values if cache is None else cache
+        given = input_ids if inputs_embeds is None else inputs_embeds
+        if cache is None or given is None or use_cache is False or not self._adopt(cache):
+            return None
+        batch, tokens = given.shape[:2]
+        length = cache.layers[0].length
+        if not 1 <= batch * tokens <= MAX_ROWS or return_dict is False or any(value is not None for value in kwargs.values()):
+            return None
+        starts = None
+        if attention_mask is not None:
+            if not isinstance(attention_mask, Tensor) or attention_mask.shape != (batch, length + tokens):
+                return None
+            if not bool(attention_mask.all()):
+                starts = attention_mask.long().argmax(1)
+                if not bool((attention_mask.long().sum(1) + starts == length + tokens).all()) or int(starts.max()) > length:
+                    return None  # padding elsewhere than on the left of what is in the cache
+        if not self._checked and not self._prepare():
+            return None
+        self._checked = True
+        hidden = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
+        if position_ids is None:
+            position_ids = torch.arange(length, length + tokens)
+        positions = position_ids.expand(batch, tokens).contiguous()
+        last = int(positions.max())
+        if last >= len(self._cos):
+            self._extend(last + 1)
+        return hidden, positions, starts, cache, length
+
+    def _decode(self, hidden: Tensor, positions: Tensor, starts: Tensor | None, cache: Any, length: int) -> BaseModelOutputWithPast:
+        layers, store = cache.layers, cache.layers[0].store
+        batch, tokens = hidden.shape[:2]
+        store.reserve(batch, length + tokens, length)
+        attention = self.layers[0].self_attn
+        out = decode(
+            *(hidden, self._arena, self._vectors, self._plan, self._cos, self._sin, positions, starts, store.kv, length),
+            heads=attention.q_proj.out_features // attention.head_dim,
+            inner=self.layers[0].mlp.gate_proj.out_features,
+            epsilon=self.config.rms_norm_eps,
+            scale=attention.scaling,
+            activation=_ACTIVATIONS[self.config.hidden_act],
+        )
+        for layer in layers:
+            layer.length = length + tokens
+        return BaseModelOutputWithPast(last_hidden_state=out, cache=cache)
+
+    # ------------------------------------------------------------------------------------------------------------------------- the cache
+
+    def _adopt(self, cache: Any) -> bool:
+        """Puts `StoreLayer` layers into a plain dynamic cache, with what it holds. False if it is of another kind."""
+        if type(cache) is not DynamicCache or cache.offloading:
+            return False
+        count = len(self.layers)
+        if len(cache.layers) == count and type(cache.layers[0]) is StoreLayer:
+            return True
+        if any(type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer) for layer in cache.layers) or len(cache.layers) > count:
+            return False
+        if any(type(layer) is DynamicSlidingWindowLayer and layer.get_seq_length() for layer in cache.layers):
+            return False  # it may have dropped tokens
+        if cache.layers and cache.get_seq_length() and len(cache.layers) < count:
+            return False
+        attention = self.layers[0].self_attn
+        store = Store(count, attention.k_proj.out_features // attention.head_dim, attention.head_dim)
+        fresh: list[Any] = [StoreLayer(store, index) for index in range(count)]
+        for new, old in zip(fresh, cache.layers, strict=False):
+            if old.get_seq_length():  # type: ignore[union-attr]
+                new.update(old.keys, old.values)  # type: ignore[union-attr]
+        cache.layers = fresh
+        return True
+
+    # ------------------------------------------------------------------------------------------------------------------------- the arena
+
+    def _parts(self) -> Iterator[tuple[int, str, Tensor]]:
+        """Layer, part and tensor of all that decoding needs; norms as float32, the way they are multiplied."""
+        centre = int(type(self.norm).__name__ == "GemmaRMSNorm")  # whose weight is the distance from one
+        for index, layer in enumerate(self.layers):
+            for part, name in _LINEARS.items():
+                linear = layer.get_submodule(name)
+                yield index, part, linear.packed
+                if linear.bias is not None:
+                    yield index, f"{part}_bias", linear.bias.detach().float()
+            for part, name in _NORMS.items():
+                holder, _, leaf = name.rpartition(".")
+                norm = getattr(layer.get_submodule(holder), leaf, None)
+                if norm is not None:
+                    yield index, part, norm.weight.detach().float() + centre
+        yield len(self.layers), PARTS[0], self.norm.weight.detach().float() + centre
+
+    def _fingerprint(self) -> list[tuple[Any, int]]:
+        """Every module, hook and tensor, with the tensors' versions: differs after one was put in or changed in place."""
+        found: list[tuple[Any, int]] = []
+        for module in self._original[0].modules():
+            found.append((module, 0))
+            if module is not self._original[0]:
+                found += [(hook, 0) for hook in (*module._forward_hooks.values(), *module._forward_pre_hooks.values())]
+            tensors = [t for t in (*module._parameters.values(), *module._buffers.values()) if t is not None]
+            found += [(tensor, 0 if tensor.is_inference() else tensor._version) for tensor in tensors]
+        return found
+
+    def _prepare(self) -> bool:
+        """Builds the arena if a layer changed since it was built. False if the layers cannot be fused any more."""
+        now = self._fingerprint()
+        if len(now) == len(self._stamp) and all(a is b and i == j for (a, i), (b, j) in zip(now, self._stamp, strict=True)):
+            return True
+        if obstacle(self._original[0]):
+            return False
+        packed = [tensor for _, part, tensor in self._parts() if part in _LINEARS]
+        if len({tensor.untyped_storage().data_ptr() for tensor in packed}) > 1:
+            SparseLinear.settle(self)
+            packed = [tensor for _, part, tensor in self._parts() if part in _LINEARS]
+        storage = packed[0].untyped_storage()
+        arena = torch.empty(0, dtype=torch.uint8).set_(storage, 0, (storage.nbytes(),))  # type: ignore[call-overload]
+        plan = torch.full((len(self.layers) + 1, len(PARTS)), -1)
+        vectors: list[Tensor] = []
+        for index, part, tensor in self._parts():
+            if part in _LINEARS:
+                plan[index, PARTS.index(part)] = int(tensor.storage_offset())
+            else:
+                plan[index, PARTS.index(part)] = sum(vector.numel() for vector in vectors)
+                vectors.append(tensor)
+        for index, layer in enumerate(self.layers):
+            plan[index, PARTS.index("window")] = _window(layer, self.config) or -1
+        self._arena, self._vectors, self._plan = arena, torch.cat(vectors), plan
+        self._stamp = self._fingerprint()
+        return True
+
+    def _extend(self, positions: int) -> None:
+        """Tables of the rotary embedding for at least so many positions."""
+        count = max(positions + 256, 2 * len(self._cos), 1024)
+        cos, sin = self.rotary_emb(torch.empty(0), torch.arange(count)[None])
+        half = cos.shape[-1] // 2
+        self._cos, self._sin = cos[0, :, :half].float().contiguous(), sin[0, :, :half].float().contiguous()
+
+
+def _window(layer: nn.Module, config: Any) -> int | None:
+    """Tokens that a layer's queries see; None if all."""
+    alternating = getattr(config, "layer_types", None) is not None
+    own: int | None = getattr(layer.self_attn, "sliding_window", None if alternating else getattr(config, "sliding_window", None))
+    return own
+
+
+def fuse(model: nn.Module) -> nn.Module:
+    """Puts a `FusedDecoder` in the place of each stack of layers that can have one, and notes for `report` why others cannot.
+
+    Args:
+        model: a model of transformers, or one that contains such, whose Linears were replaced by `SparseLinear`.
+    Returns:
+        ``model``.
+    """
+    found = {
+        name: module
+        for name, module in model.named_modules()
+        if name and type(module).__name__ in MODELS and type(module).__module__.startswith("transformers.models.")
+    }
+
+    def make(name: str, module: nn.Module) -> nn.Module | str:
+        reason = obstacle(module)
+        return f"decodes layer by layer: {reason}" if reason else FusedDecoder(module)
+
+    return replace(model, found, make, "sparse_linear: fusing") if found else model
