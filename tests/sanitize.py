@@ -32,7 +32,7 @@ def main() -> int:
     for program in sorted((ROOT / "tests").glob("*/sanitize_main.cpp")):
         technique = program.parent.name
         folder = ROOT / "kernels" / technique
-        sources = [f for f in sorted(folder.glob("*.cpp")) if f.stem != "binding" and (f.stem not in isa.ISAS or f.stem in isas)]
+        sources = [f for f in sorted(folder.glob("*.cpp")) if not f.stem.startswith("binding") and (f.stem not in isa.ISAS or f.stem in isas)]
         with tempfile.TemporaryDirectory() as work:
 
             def compile(source: Path, folder: Path = folder, work: str = work) -> Path:
