@@ -14,6 +14,15 @@ import torch
 from torch_cpu_ext.core import isa as isas
 
 
+@pytest.fixture(autouse=True, scope="session")
+def emulated_amx():
+    """With TORCH_CPU_EXT_TEST_AMX=emulate, AMX instructions run in software. Here, since pytest's faulthandler must not come later."""
+    if isas.emulated():
+        from amx_emulator.emulator import Emulator
+
+        Emulator().install()
+
+
 @pytest.fixture(autouse=True)
 def keep_state():
     """Seeds torch, and puts back what a test may change."""

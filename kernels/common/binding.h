@@ -53,9 +53,13 @@ class Scratch {
 
 }  // namespace tce
 
-// The loader's hooks: the cap on instruction sets, and which one a kernel would use now (-1: no such kernel).
+// The loader's hooks: the cap on instruction sets, and which one a kernel would use now (-1: no such kernel). `emulated`: a test stands in
+// for AMX.
 extern "C" {
-__attribute__((visibility("default"), used)) inline void tce_set_isa(int isa) { tce::isa_cap.store(isa, std::memory_order_relaxed); }
+__attribute__((visibility("default"), used)) inline void tce_set_isa(int isa, int emulated) {
+  constexpr int amx = static_cast<int>(tce::Isa::amx);
+  tce::isa_cap.store(isa == amx && !emulated && !tce::amx_works() ? amx - 1 : isa, std::memory_order_relaxed);
+}
 __attribute__((visibility("default"), used)) inline int tce_kernel_isa(const char* name) {
   const tce::KernelName* kernel = tce::KernelName::find(name);
   return kernel ? static_cast<int>(kernel->isa()) : -1;

@@ -34,13 +34,7 @@ struct Int8 {
   static constexpr int64_t kRowBlock = 4, kPanelBlock = 2, kStreamRows = 4;
   using X = int8_t;
 
-  static __m512i expand_row(const uint8_t* words, const uint8_t*& values) {
-    const auto mask = load<uint64_t>(words);
-    const __m512i row = _mm512_mask_expand_epi8(fresh(_mm512_set1_epi8(static_cast<char>(128))), mask, _mm512_loadu_si512(values));
-    values += std::popcount(mask);
-    return row;
-  }
-
+  static __m512i expand_row(const uint8_t* words, const uint8_t*& values) { return expand_int8(words, values); }
   static __m512i quad(const int8_t* x) { return _mm512_set1_epi32(load<int32_t>(x)); }
 
   static const uint8_t* expand(const uint8_t* words, const uint8_t* values, int64_t rows, uint8_t* out) {

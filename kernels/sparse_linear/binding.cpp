@@ -58,7 +58,7 @@ Tensor forward(Tensor input, Tensor packed, std::optional<Tensor> bias, int64_t 
   input = torch::stable::contiguous(input);
   if (bias) bias = torch::stable::contiguous(*bias);
 
-  const Variant& kernel = variant(weight.dtype);
+  const Variant& kernel = variant(weight.dtype, m);
   Product p{weight, m, nullptr, nullptr, nullptr, activation_group, nullptr, out.mutable_data_ptr(), type};
   const bool scaled = has_codes(weight.dtype);
   const bool cast_bias = bias && (bias_type != Float::fp32 || reinterpret_cast<uintptr_t>(bias->const_data_ptr()) % 4 != 0);
@@ -94,7 +94,9 @@ Tensor forward(Tensor input, Tensor packed, std::optional<Tensor> bias, int64_t 
     const int64_t part = item / tiles, row = item % tiles * kRowTile;
     if (!kernel.run(p, cut(weight, part, parts), cut(weight, part + 1, parts), row, std::min(row + kRowTile, m))) intact = false;
   };
-  for_each_dynamic(parts * tiles, threads, run);
+  for_each_dynamic(parts * tiles, threads, run, [&] {
+    if (kernel.finish) kernel.finish();
+  });
   STD_TORCH_CHECK(intact, op, ": packed must be intact, got a panel whose bitmap and bytes disagree");
   return out;
 }

@@ -126,7 +126,8 @@ class Products {
     for (const Job& job : jobs) {
       const Packed& weight = job.linear->weight;
       Product& p = products[count] = {weight, rows_, nullptr, nullptr, nullptr, 32, job.linear->bias, job.out, Float::fp32};
-      kernels[count] = &variant(weight.dtype);
+      // Without tiles: a thread of a team does not know its last product, after which it would have to release them.
+      kernels[count] = &variant(weight.dtype, std::min(rows_, kTileLeastRows - 1));
       if (count > 0 && weight.dtype == products[count - 1].weight.dtype) {
         p.x = products[count - 1].x;
         p.x_scale = products[count - 1].x_scale;

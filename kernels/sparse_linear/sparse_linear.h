@@ -118,6 +118,8 @@ struct Variant {
   // Computes rows [row_begin, row_end) of x times panels [panel_begin, panel_end). False if a panel's bitmap and bytes disagree; nothing
   // outside the packed array is read even then.
   bool (*run)(const Product& product, int64_t panel_begin, int64_t panel_end, int64_t row_begin, int64_t row_end);
+  // Every thread calls it after its last `run` of a product; null where there is nothing to clean up.
+  void (*finish)() = nullptr;
 };
 
 // The variants there are, by instruction set and dtype. Files that this machine or compiler cannot use are left out of a build.
@@ -135,6 +137,9 @@ TCE_OPTIONAL Variant bf16(), int8(), int4();
 }
 namespace avx512_bf16 {
 TCE_OPTIONAL Variant bf16();
+}
+namespace amx {
+TCE_OPTIONAL Variant bf16(), int8();
 }
 
 }  // namespace tce::sparse_linear

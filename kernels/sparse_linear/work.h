@@ -11,22 +11,30 @@
 
 namespace tce::sparse_linear {
 
+// With fewer rows of x, memory is the limit, and the AVX-512 kernels that keep all sums in registers do with less work.
+constexpr int64_t kTileLeastRows = 5;
+
 inline const Kernel<Variant> kFp32{"fp32", {{Isa::scalar, scalar::fp32}, {Isa::avx2, avx2::fp32}, {Isa::avx512, avx512::fp32}}};
 inline const Kernel<Variant> kBf16{"bf16",
                                    {{Isa::scalar, scalar::bf16},
                                     {Isa::avx2, avx2::bf16},
                                     {Isa::avx512, avx512::bf16},
                                     {Isa::avx512_vnni, avx512_vnni::bf16},
-                                    {Isa::avx512_bf16, bf16_dot_pays() ? avx512_bf16::bf16 : nullptr}}};
-inline const Kernel<Variant> kInt8{
-    "int8", {{Isa::scalar, scalar::int8}, {Isa::avx2, avx2::int8}, {Isa::avx512, avx512::int8}, {Isa::avx512_vnni, avx512_vnni::int8}}};
+                                    {Isa::avx512_bf16, bf16_dot_pays() ? avx512_bf16::bf16 : nullptr},
+                                    {Isa::amx, amx::bf16, kTileLeastRows}}};
+inline const Kernel<Variant> kInt8{"int8",
+                                   {{Isa::scalar, scalar::int8},
+                                    {Isa::avx2, avx2::int8},
+                                    {Isa::avx512, avx512::int8},
+                                    {Isa::avx512_vnni, avx512_vnni::int8},
+                                    {Isa::amx, amx::int8, kTileLeastRows}}};
 
 inline const Kernel<Variant> kInt4{
     "int4", {{Isa::scalar, scalar::int4}, {Isa::avx2, avx2::int4}, {Isa::avx512, avx512::int4}, {Isa::avx512_vnni, avx512_vnni::int4}}};
 
-inline const Variant& variant(DType dtype) {
+inline const Variant& variant(DType dtype, int64_t rows) {
   const Kernel<Variant>* kernels[] = {&kFp32, &kBf16, &kInt8, &kInt4};
-  return kernels[static_cast<int>(dtype)]->get();
+  return kernels[static_cast<int>(dtype)]->get(rows);
 }
 
 // Rows of x that one pass over the weights serves: their sums and 256 inputs of each stay in the second-level cache.
@@ -46,16 +54,17 @@ void for_each(int64_t count, int64_t grain, const F& f) {
   });
 }
 
-// The same, on at most `threads` threads, each of which takes the next index when it is done with its last.
-template <typename F>
-void for_each_dynamic(int64_t count, int64_t threads, const F& f) {
+// The same, on at most `threads` threads, each of which takes the next index when it is done with its last, and calls finish() in the end.
+template <typename F, typename Finish>
+void for_each_dynamic(int64_t count, int64_t threads, const F& f, const Finish& finish) {
   if (threads == 1 || count == 1) {
     for (int64_t i = 0; i < count; ++i) f(i);
-    return;
+    return finish();
   }
   std::atomic<int64_t> next{0};
   parallel_for(0, std::min(threads, count), 1, [&](int64_t, int64_t) {
     for (int64_t i = next++; i < count; i = next++) f(i);
+    finish();
   });
 }
 

@@ -28,9 +28,27 @@ def test_a_machine_without_one_level_has_none_above(monkeypatch):
     ]:
         monkeypatch.setattr(torch.cpu, "get_capabilities", lambda missing=missing: everything | {missing: False})
         monkeypatch.setattr(isa.platform, "machine", lambda: "x86_64")
+        monkeypatch.setattr(isa, "_tiles_permitted", lambda: True)
         assert isa.supported.__wrapped__() == expected
+        monkeypatch.setattr(isa, "_tiles_permitted", lambda: False)
+        assert isa.supported.__wrapped__() == expected[:5]
     monkeypatch.setattr(isa.platform, "machine", lambda: "aarch64")
     assert isa.supported.__wrapped__() == ("scalar",)
+
+
+def test_emulated_amx(monkeypatch):
+    """AMX counts as there, whatever the processor says; everything below it has to be real."""
+    capabilities = {feature: True for needs in isa._NEEDS.values() for feature in needs if not feature.startswith("amx")}
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities)
+    monkeypatch.setattr(isa.platform, "machine", lambda: "x86_64")
+    assert isa.supported.__wrapped__() == isa.ISAS[:5]
+    monkeypatch.setenv("TORCH_CPU_EXT_TEST_AMX", "emulate")
+    assert isa.supported.__wrapped__() == isa.ISAS
+    capabilities["avx512_vnni"] = False
+    assert isa.supported.__wrapped__() == isa.ISAS[:3]
+    monkeypatch.setenv("TORCH_CPU_EXT_TEST_AMX", "1")
+    with pytest.raises(ValueError, match="TORCH_CPU_EXT_TEST_AMX must be emulate, got '1'"):
+        isa.emulated()
 
 
 def test_isa_nests_and_restores():

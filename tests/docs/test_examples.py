@@ -10,7 +10,8 @@ import pytest
 
 from support import ROOT
 
-PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "kernels" / "README.md", *sorted((ROOT / "docs").glob("**/*.md"))]
+INCLUDED = [ROOT / "CONTRIBUTING.md", ROOT / "kernels" / "README.md", ROOT / "tests" / "amx_emulator" / "README.md"]
+PAGES = [ROOT / "README.md", *INCLUDED, *sorted((ROOT / "docs").glob("**/*.md"))]
 PAGES = [page for page in PAGES if "_build" not in page.parts]
 # A block that cannot run here is marked: <!-- skip: why -->
 BLOCK = re.compile(r"^(?:<!-- skip: (?P<reason>[^\n]+) -->\n+)?```python\n(?P<code>.*?)^```$", re.MULTILINE | re.DOTALL)

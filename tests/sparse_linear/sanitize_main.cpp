@@ -10,8 +10,13 @@
 #include <string>
 #include <vector>
 
+#include <sys/syscall.h>
+#include <unistd.h>
+
 #include "format.h"
 #include "sparse_linear.h"
+
+extern "C" int amx_emulator_install() __attribute__((weak));  // tests/amx_emulator, on machines without AMX
 
 using namespace tce;
 using namespace tce::sparse_linear;
@@ -92,6 +97,8 @@ std::vector<Named> variants() {
   add("avx512_vnni", DType::int8, avx512_vnni::int8);
   add("avx512_vnni", DType::int4, avx512_vnni::int4);
   add("avx512_bf16", DType::bf16, avx512_bf16::bf16);
+  add("amx", DType::bf16, amx::bf16);
+  add("amx", DType::int8, amx::int8);
   return all;
 }
 
@@ -138,6 +145,7 @@ int64_t product(const Named& kernel, const std::vector<uint8_t>& array, int64_t 
   kernel.variant.prepare(b.p, source.get(), type, m / 2, m);
   const int64_t half = w.panels() / 2;  // as two threads would
   if (!kernel.variant.run(b.p, 0, half, 0, m) || !kernel.variant.run(b.p, half, w.panels(), 0, m)) fail("an intact array is refused");
+  if (kernel.variant.finish) kernel.variant.finish();
 
   for (int64_t i = 0; i < m; ++i) {
     double step = 0;  // int8, int4: half a step of x
@@ -204,6 +212,7 @@ int64_t damaged(const Named& kernel, std::vector<uint8_t> array, int64_t m) {
   for (int64_t i = 0; i < m * w.inputs; ++i) store_float(source.get(), Float::fp32, i, normal());
   kernel.variant.prepare(b.p, source.get(), Float::fp32, 0, m);
   if (!kernel.variant.run(b.p, 0, w.panels(), 0, m) && intact) fail("the product refuses an array that unpacking takes");
+  if (kernel.variant.finish) kernel.variant.finish();
   return 1;
 }
 
@@ -253,6 +262,11 @@ struct Grids {
 }  // namespace
 
 int main() {
+  if (amx_emulator_install) {
+    amx_emulator_install();
+  } else {
+    syscall(SYS_arch_prctl, 0x1023, 18);  // permission to use AMX tiles, if there are any
+  }
   int64_t cases = 0;
   const int64_t sizes[] = {0, 1, 15, 16, 17, 31, 33, 63, 64, 65, 129, 257}, batches[] = {1, 2, 3, 4, 5, 7, 8, 9, 16, 19};
   const double densities[] = {0, 0.1, 0.5, 1};
@@ -301,6 +315,7 @@ int main() {
         if (!kernel.variant.run(b.p, 0, 1, 0, 6)) fail("an intact array is refused");
         for (int64_t i = 0; i < 6; ++i)
           if (!kernel.variant.run(b.p, 0, 1, i, i + 1)) fail("an intact array is refused");
+        if (kernel.variant.finish) kernel.variant.finish();
         cases += 7;
       }
     }

@@ -11,6 +11,7 @@ VARIABLES = {
     "TORCH_CPU_EXT_VERBOSE": "1: show the build log",
     "TORCH_CPU_EXT_CXX": "the C++ compiler (default: $CXX, or g++)",
     "TORCH_CPU_EXT_BUILD_ISAS": "all: build for every instruction set the compiler knows, not only this machine's (for wheels)",
+    "TORCH_CPU_EXT_TEST_AMX": "for tests. emulate: act as if this machine had AMX; its instructions need tests/amx_emulator",
     "TORCH_CPU_EXT_PREBUILD": "1 while a wheel is built: put the compiled libraries into it",
 }
 

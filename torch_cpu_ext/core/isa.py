@@ -5,6 +5,7 @@ here is the set of CPU features that the source file of that name may contain.
 """
 
 import contextlib
+import ctypes
 import functools
 import platform
 from collections.abc import Iterator
@@ -29,6 +30,27 @@ _NEEDS = {  # what each level adds to the one below, in the words of torch.cpu.g
 _override: str | None = None
 
 
+def emulated() -> bool:
+    """Whether ``TORCH_CPU_EXT_TEST_AMX=emulate`` stands in for AMX: the tests' emulator catches its instructions, if it is installed.
+
+    Raises:
+        ValueError: the variable has another value.
+    """
+    asked = env.text("TEST_AMX")
+    if asked not in ("", "emulate"):
+        raise ValueError(f"TORCH_CPU_EXT_TEST_AMX must be emulate, got {asked!r}")
+    return asked == "emulate"
+
+
+def _tiles_permitted() -> bool:
+    """Asks Linux for the use of AMX tiles, for all threads of this process and those of its children.
+
+    A process that uses a tile without permission gets SIGILL. Permission is refused where the kernel or its settings do not support tiles.
+    """
+    arch_prctl, request_permission, tile_data = 158, 0x1023, 18  # numbers of x86-64 Linux
+    return ctypes.CDLL(None).syscall(arch_prctl, request_permission, tile_data) == 0
+
+
 @functools.cache
 def supported() -> tuple[str, ...]:
     """The instruction sets this machine can run, worst to best."""
@@ -37,7 +59,10 @@ def supported() -> tuple[str, ...]:
     capabilities = torch.cpu.get_capabilities()
     levels: list[str] = []
     for name in ISAS:
-        if not all(capabilities.get(feature, False) for feature in _NEEDS[name]):
+        present = all(capabilities.get(feature, False) for feature in _NEEDS[name])
+        if name == "amx":
+            present = emulated() or (present and _tiles_permitted())
+        if not present:
             break
         levels.append(name)
     return tuple(levels)

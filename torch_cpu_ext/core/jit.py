@@ -94,7 +94,7 @@ class Library:
         try:
             handle = ctypes.CDLL(str(path))
             handle.tce_kernel_isa.restype = ctypes.c_int
-            handle.tce_set_isa(level)
+            handle.tce_set_isa(level, isa.emulated())
             torch.ops.load_library(str(path))
         except (OSError, AttributeError) as error:
             raise BuildError(f"{path} cannot be loaded: {error}\nHint: `torch-cpu-ext clean` empties the cache.") from error
@@ -103,7 +103,7 @@ class Library:
     def apply_isa(self) -> None:
         """Tells the loaded kernels the cap now in force."""
         if self._handle is not None:
-            self._handle.tce_set_isa(isa.level(isa.current()))
+            self._handle.tce_set_isa(isa.level(isa.current()), isa.emulated())
 
     def kernel_isa(self, kernel: str) -> str:
         """The instruction set that ``kernel`` would run with now; ``"reference"`` where PyTorch would run in its place.
