@@ -54,7 +54,7 @@ def test_the_head_of_an_int4_llama_is_int8(llama, log, tied):
     assert (want.lm_head.dtype, want.model.layers[0].mlp.up_proj.dtype) == ("int8", "int4")
     run = torch.compile(llama, backend="torch_cpu_ext", fullgraph=True, options={"linear": config})
     ids = torch.randint(96, (2, 5))
-    torch.testing.assert_close(run(ids).logits, want(ids).logits, rtol=0.02, atol=0.02)
+    assert close(run(ids).logits, want(ids).logits) > 0.999
     assert [line.split(":")[0] for line in log()] == ["packed 15 of 15 linear layers (int4, int8)"]
 
 

@@ -21,8 +21,9 @@ def demo(*arguments, **env):
     return subprocess.run(command, capture_output=True, text=True, env=environment(TORCH_CPU_EXT_STRICT="1", **env))
 
 
-def test_json_has_both_models_and_the_ratio():
-    done = demo("--json", "--tokens", "8")
+@pytest.mark.parametrize("dtype", ["int8", "int4"])
+def test_json_has_both_models_and_the_ratio(dtype):
+    done = demo("--json", "--tokens", "8", "--dtype", dtype)
     assert done.returncode == 0, done.stderr
     assert "it/s]" not in done.stderr, "no progress bars where there is no terminal"
     result = json.loads(done.stdout)
@@ -35,7 +36,7 @@ def test_json_has_both_models_and_the_ratio():
         assert one["text"] in done.stderr, "the answers must be shown while they are made"
         assert one["weight_bytes"] < one["peak_rss_bytes"] < 8e9
     assert baseline["dtype"] in ("fp32", "bf16")
-    assert optimized["dtype"] == "int8"
+    assert optimized["dtype"] == dtype
     assert optimized["isa"] != "reference"
     assert optimized["weight_bytes"] < baseline["weight_bytes"]
     assert optimized["perplexity"] == pytest.approx(baseline["perplexity"], rel=0.03)

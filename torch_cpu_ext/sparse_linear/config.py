@@ -22,7 +22,7 @@ class SparseLinearConfig(Config):
             is 1 - n/m. Weights are stored as unstructured ones are.
         layout: ``"sparse"``, ``"dense"``, or ``"auto"``, which takes what needs fewer bytes, for each layer.
         group_size: inputs that share a scale in int4 weights, 32, 64 or 128.
-        symmetric: whether the grid of int4 weights is centred on zero. False costs up to 2 bytes more a group and is far more accurate.
+        symmetric: whether the grid of int4 weights is centred on zero. False costs up to 2 bytes more a group and is more accurate.
         head_dtype: `dtype` of the output embedding (``lm_head``), which ``get_output_embeddings`` of the model or of a part
             of it names; None: int8 where ``dtype`` is int4, which would cost accuracy there, else ``dtype``.
         activation_group: inputs that share a scale when layers quantise their activations, 32 or 64; 32 for int4 weights.
