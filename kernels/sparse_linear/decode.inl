@@ -1,6 +1,8 @@
 // The body of a fused decoder's steps that every instruction set includes, inside its region and its namespace. Written with vectors of
 // sixteen floats, which the compiler splits where the machine's are shorter.
 
+#pragma GCC diagnostic ignored "-Wpsabi"  // of vectors longer than the machine's, which stay inside this file
+
 using Vector = float __attribute__((vector_size(64)));
 using Integers = int32_t __attribute__((vector_size(64)));
 constexpr int kLanes = 16;

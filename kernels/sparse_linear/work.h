@@ -68,6 +68,11 @@ void for_each_dynamic(int64_t count, int64_t threads, const F& f, const Finish& 
   });
 }
 
+template <typename F>
+void for_each_dynamic(int64_t count, int64_t threads, const F& f) {
+  for_each_dynamic(count, threads, f, [] {});
+}
+
 // Threads that help one of them, the leader, through many short stages in one parallel region: a region costs microseconds, a stage a tenth
 // of one. The leader waits for items that others have begun, never for others to come: a thread that the machine runs elsewhere delays
 // nobody.
