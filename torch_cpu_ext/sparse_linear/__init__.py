@@ -3,12 +3,14 @@
 from . import decode as _decode  # noqa: F401  (registers its op)
 from .attention import attend, compress_kv, expand_kv, from_blocks, page_bytes, to_blocks
 from .config import SparseLinearConfig
+from .measure import KernelInfo, kernel_info
 from .modules import SparseLinear
 from .ops import check, linear, pack, unpack
 from .pruning import magnitude_mask
 from .swap import swap_linear
 
 __all__ = [
+    "KernelInfo",
     "SparseLinear",
     "SparseLinearConfig",
     "attend",
@@ -16,6 +18,7 @@ __all__ = [
     "compress_kv",
     "expand_kv",
     "from_blocks",
+    "kernel_info",
     "linear",
     "magnitude_mask",
     "pack",
