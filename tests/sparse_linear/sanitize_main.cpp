@@ -13,6 +13,7 @@
 #include <sys/syscall.h>
 #include <unistd.h>
 
+#include "attention.h"
 #include "format.h"
 #include "sparse_linear.h"
 
@@ -259,6 +260,61 @@ struct Grids {
   }
 };
 
+// Attention by every instruction set over pages and a tail of exactly their size; then over pages with damaged bytes.
+int64_t attention(int64_t d, int64_t rows, int64_t length, const Span& span, int64_t k_keep, int64_t v_keep, Float type) {
+  std::vector<AttentionVariant> kernels{scalar::attention()};
+  if (avx2::attention) kernels.push_back(avx2::attention());
+  if (avx512::attention) kernels.push_back(avx512::attention());
+  if (avx512_vnni::attention) kernels.push_back(avx512_vnni::attention());
+  if (avx512_bf16::attention) kernels.push_back(avx512_bf16::attention());
+  const int64_t size = type == Float::fp32 ? 4 : 2, blocks = divide_up(span.tail, kBlockTokens), keep[2] = {k_keep, v_keep};
+  std::vector<std::unique_ptr<Exact>> pages, tails;
+  for (Kind kind : {Kind::key, Kind::value}) {
+    const int64_t bytes = page_bytes(d, keep[static_cast<int>(kind)]);
+    pages.push_back(std::make_unique<Exact>(span.pages * bytes, draw(4)));
+    tails.push_back(std::make_unique<Exact>(blocks * block_bytes(d), draw(4)));
+    const Exact x(kBlockTokens * d * size, draw(4));
+    std::vector<uint16_t> back(kBlockTokens * d);
+    for (int64_t i = 0; i < span.pages + blocks; ++i) {
+      for (int64_t j = 0; j < kBlockTokens * d; ++j) {
+        float value = normal();
+        uint16_t bits = type == Float::fp16 ? float_to_fp16(value) : float_to_bf16(value);
+        std::memcpy(x.get() + j * size, type == Float::fp32 ? static_cast<void*>(&value) : &bits, size);
+      }
+      if (i >= span.pages) {
+        write_page(x.get(), type, d, kind, d, tails.back()->get() + (i - span.pages) * block_bytes(d));
+        continue;
+      }
+      const Exact page(bytes, draw(4));
+      write_page(x.get(), type, d, kind, keep[static_cast<int>(kind)], page.get());
+      if (!read_page(page.get(), bytes, d, kind, back.data())) fail("an intact page is refused");
+      std::memcpy(pages.back()->get() + i * bytes, page.get(), bytes);
+    }
+  }
+  const int64_t splits = divide_up(span.tokens(), kSplitTokens), parts = splits * rows;
+  std::vector<float> query(rows * d), sums(parts * d), largest(parts), total(parts), out(rows * d), first, lse(rows);
+  for (float& value : query) value = normal();
+  const auto blocks_of = [&](int i) { return Blocks{pages[i]->get(), page_bytes(d, keep[i]), 0, 0, span.pages, tails[i]->get(), 0, 0}; };
+  const PageAttention a{
+      1,           1,      d,           rows,           length,       0.1f,       blocks_of(0), blocks_of(1), &span, query.data(),
+      Float::fp32, splits, sums.data(), largest.data(), total.data(), out.data(), lse.data()};
+  for (const AttentionVariant& kernel : kernels) {
+    for (int64_t i = 0; i < splits; ++i)
+      if (!kernel.split(a, 0, i)) fail("an intact page is refused");
+    kernel.join(a, 0);
+    if (first.empty()) first = out;
+    for (int64_t i = 0; i < rows * d; ++i)
+      if (!(std::fabs(out[i] - first[i]) <= 0.02f)) fail("attention differs between instruction sets");
+  }
+  for (int i = 0; i < 8 && span.pages > 0; ++i) {
+    uint8_t* page = pages[i % 2]->get() + draw(span.pages) * page_bytes(d, keep[i % 2]);
+    for (int64_t j = draw(3); j >= 0; --j) page[draw(page_bytes(d, keep[i % 2]))] = static_cast<uint8_t>(draw(256));
+    for (const AttentionVariant& kernel : kernels)
+      for (int64_t j = 0; j < splits; ++j) kernel.split(a, 0, j);
+  }
+  return kernels.size();
+}
+
 }  // namespace
 
 int main() {
@@ -320,5 +376,13 @@ int main() {
       }
     }
   }
+  for (int64_t d : {16, 48, 64, 128})
+    for (int64_t rows : {1, 2, 3, 4, 5, 9})
+      for (const Span& span : {Span{0, 1, 0}, Span{0, 0, 1}, Span{3, 2, 17}, Span{20, 5, 3}, Span{500, 34, 30}, Span{0, 0, 0}})
+        for (int64_t length = 1; length <= rows; length += 2)
+          cases += attention(d, rows / length * length, length, span, 1 + draw(d), 1 + draw(d),
+                             draw(2)   ? Float::fp32
+                             : draw(2) ? Float::bf16
+                                       : Float::fp16);
   std::printf("%lld cases passed\n", static_cast<long long>(cases));
 }
