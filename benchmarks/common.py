@@ -88,12 +88,6 @@ def rotate(functions: Iterable[Callable[[], object]]) -> Callable[[], object]:
     return lambda: next(turn)()
 
 
-def last_level_cache() -> int:
-    """Bytes of the largest cache of the first core; 0 where the system does not say."""
-    sizes = [path.read_text().strip() for path in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size")]
-    return max((int(size[:-1]) << {"K": 10, "M": 20}[size[-1]] for size in sizes), default=0)
-
-
 def row(case: str, ours_s: float, peer: str, peer_s: float, config: dict[str, Any] | None = None) -> Row:
     """One line of the results; ``ratio`` above 1 means that we are faster."""
     config = dict(config or {})
@@ -125,12 +119,13 @@ def machine() -> dict[str, Any]:
     }
 
 
-def main(rows: Callable[[bool], Iterable[Row]], bars: Callable[[], dict[str, float]] | None = None) -> None:
+def main(rows: Callable[[bool], Iterable[Row]], bars: Callable[[], dict[str, float | None]] | None = None) -> None:
     """The command line of a benchmark.
 
     Args:
         rows: ``rows(quick)`` yields the results, as `row` makes them; within a minute if ``quick``.
-        bars: ``bars()`` measures every bar that `bars.toml` has under this benchmark's name, by the bar's name; None if there are none.
+        bars: ``bars()`` measures every bar that `bars.toml` has under this benchmark's name, by the bar's name;
+            None as a value where a peer that is not installed keeps it from being measured.
     """
     name = Path(sys.argv[0]).stem
     parser = argparse.ArgumentParser(description=(sys.modules["__main__"].__doc__ or "").split("\n")[0])
@@ -148,7 +143,7 @@ def main(rows: Callable[[bool], Iterable[Row]], bars: Callable[[], dict[str, flo
         return
     results = []
     for result in rows(arguments.quick):
-        result["config"] |= about
+        result["config"] = about | result["config"]
         results.append(result)
         _note(f"{result['case']}: {result['ratio']:.2f} times {result['peer']}")
     if arguments.save:
@@ -159,7 +154,7 @@ def main(rows: Callable[[bool], Iterable[Row]], bars: Callable[[], dict[str, flo
     print(lines(results)) if arguments.json else _print_table(results, about)
 
 
-def _print_bars(name: str, bars: Callable[[], dict[str, float]] | None, about: dict[str, Any]) -> None:
+def _print_bars(name: str, bars: Callable[[], dict[str, float | None]] | None, about: dict[str, Any]) -> None:
     promises = promised(name)
     measured = bars() if bars and promises else {}
     if missing := sorted(promises.keys() - measured.keys()):
@@ -167,10 +162,10 @@ def _print_bars(name: str, bars: Callable[[], dict[str, float]] | None, about: d
     results = []
     for bar, promise in promises.items():
         ((bound, limit),) = promise.items()
-        met = measured[bar] >= limit if bound == "at_least" else measured[bar] <= limit
-        results.append(
-            {"bar": f"{name}: {bar}", "required": f"{bound.replace('_', ' ')} {limit:g}", "measured": round(measured[bar], 3), "met": met}
-        )
+        result: Row = {"bar": f"{name}: {bar}", "required": f"{bound.replace('_', ' ')} {limit:g}", "measured": None, "met": None}
+        if (value := measured[bar]) is not None:
+            result |= {"measured": round(value, 3), "met": value >= limit if bound == "at_least" else value <= limit}
+        results.append(result)
     print(lines(results))
     print(describe(about), file=sys.stderr)
 

@@ -4,63 +4,76 @@ import math
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from torch_cpu_ext import kernel_isa
+from torch_cpu_ext import SparseLinearConfig, kernel_isa
+from torch_cpu_ext.core import memory
 from torch_cpu_ext.sparse_linear import linear, magnitude_mask, pack
 
-from common import Row, interleave, last_level_cache, main, rotate, row
+from common import Row, interleave, main, rotate, row
+from peers import skip
+from peers.products import OTHERS, PLAIN, Call, Layer, Product
 
 SHAPE = (11008, 4096)  # out_features, in_features: an MLP projection of a 7B Llama
 SMALL_SHAPES = ((4096, 4096), (1024, 4096), (1536, 576), (192, 576))  # the last two are SmolLM2's
 ROWS = (1, 2, 4, 8, 16, 64, 512)
 SPARSITIES = (0.0, 0.3, 0.5, 0.7, 0.9)
-DTYPES = ("bf16", "int8", "int4", "fp32")
-COLD_BYTES = max(160 << 20, 3 * last_level_cache() // 2)  # what rotated copies of a weight come to, so that each is out of the caches
+PEER_ROWS = (1, 8, 16, 512)  # where the peers other than F.linear are measured too
+VARIANTS = {name: SparseLinearConfig(dtype=name) for name in ("bf16", "int8", "int4", "fp32")}
+COLD_BYTES = memory.cold_bytes()  # what rotated copies of a weight come to, so that each is out of the caches
 
-Call = Callable[[], object]
 
-
-def copies(tensor: Tensor) -> list[Tensor]:
-    """The tensor at as many addresses as it takes to be out of every cache when its turn comes again."""
-    return [tensor.clone() for _ in range(math.ceil(COLD_BYTES / (tensor.numel() * tensor.element_size())))]
+def copies(packed: Tensor) -> list[Tensor]:
+    """A packed weight at as many addresses as it takes to be out of every cache when its turn comes again, in huge pages as in a model."""
+    size = -(-packed.numel() // 64) * 64
+    block = memory.zeros(size * math.ceil(COLD_BYTES / size))
+    return [part[: packed.numel()].copy_(packed) for part in block.split(size)]
 
 
 class Layers:
-    """One weight, dense and packed in every way asked for, each copied until it outgrows the caches."""
+    """One weight, by the peers and packed in every way asked for, each copied until it outgrows the caches."""
 
-    def __init__(self, shape: tuple[int, int], dtypes: tuple[str, ...], sparsities: tuple[float, ...]) -> None:
+    def __init__(
+        self, shape: tuple[int, int], variants: Iterable[str], sparsities: Iterable[float], peers: Mapping[str, Layer] = PLAIN
+    ) -> None:
         torch.manual_seed(0)
         self.shape = shape
         weight = torch.randn(shape) / math.sqrt(shape[1])
-        self.peers = {"F.linear fp32": copies(weight), "F.linear bf16": copies(weight.bfloat16())}
+        self.peers: dict[str, Product] = {}
+        for name, peer in peers.items():
+            if missing := peer.missing():
+                skip(name, missing)
+            else:
+                self.peers[name] = peer.make(weight, COLD_BYTES)
         self.packed: dict[tuple[str, float], list[Tensor]] = {}
         for sparsity in sparsities:
             pruned = weight * magnitude_mask(weight, sparsity)
-            for dtype in dtypes:
-                self.packed[dtype, sparsity] = copies(pack(pruned, dtype=dtype))
+            for name in variants:
+                config = VARIANTS[name]
+                self.packed[name, sparsity] = copies(
+                    pack(pruned, dtype=config.dtype, layout=config.layout, group_size=config.group_size, symmetric=config.symmetric)
+                )
 
     def calls(self, m: int) -> dict[object, Call]:
         """A call a peer and a call a packing, each with its weights in rotation."""
         x = torch.randn(m, self.shape[1])
-        inputs = {"F.linear fp32": x, "F.linear bf16": x.bfloat16()}
-        found: dict[object, Call] = {
-            name: rotate([lambda w=w, x=inputs[name]: F.linear(x, w) for w in weights]) for name, weights in self.peers.items()
-        }
-        for (dtype, sparsity), weights in self.packed.items():
-            own = x if dtype == "fp32" else x.bfloat16()
-            found[dtype, sparsity] = rotate([lambda p=p, x=own: linear(x, p, None, self.shape[0]) for p in weights])
+        found: dict[object, Call] = {name: rotate(product(x)) for name, product in self.peers.items()}
+        for (name, sparsity), weights in self.packed.items():
+            own = x if VARIANTS[name].dtype == "fp32" else x.bfloat16()
+            group = VARIANTS[name].activation_group
+            found[name, sparsity] = rotate(
+                [lambda p=p, x=own, group=group: linear(x, p, None, self.shape[0], activation_group=group) for p in weights]
+            )
         return found
 
 
 def read_calls() -> dict[object, Call]:
     """Two ways to read memory and do next to nothing; the faster one is what the machine can stream."""
-    block = torch.ones(COLD_BYTES // 4)
-    return {"read by sum": block.sum, "read by max": block.amax}
+    return dict(zip(("read by sum", "read by max"), memory.read_calls(COLD_BYTES), strict=True))
 
 
 def measure(layers: Layers, m: int, repeats: int) -> Iterator[Row]:
@@ -68,12 +81,12 @@ def measure(layers: Layers, m: int, repeats: int) -> Iterator[Row]:
     times = interleave({**layers.calls(m), **read_calls()}, repeats)
     read = COLD_BYTES / min(times["read by sum"], times["read by max"]) / 1e9
     n, k = layers.shape
-    for (dtype, sparsity), weights in layers.packed.items():
-        seconds, size = times[dtype, sparsity], weights[0].numel()
+    for (name, sparsity), weights in layers.packed.items():
+        seconds, size, dtype = times[name, sparsity], weights[0].numel(), VARIANTS[name].dtype
         speed = size / seconds / 1e9
         for peer in layers.peers:
             config = {
-                "dtype": dtype,
+                "dtype": name,
                 "sparsity": sparsity,
                 "m": m,
                 "n": n,
@@ -84,7 +97,7 @@ def measure(layers: Layers, m: int, repeats: int) -> Iterator[Row]:
                 "read_gb_per_s": round(read, 2),
                 "share_of_read": round(speed / read, 3),
             }
-            yield row(f"M={m} {n}x{k} {dtype} sparsity {sparsity:g}", seconds, peer, times[peer], config)
+            yield row(f"M={m} {n}x{k} {name} sparsity {sparsity:g}", seconds, peer, times[peer], config)
 
 
 def overhead() -> Row:
@@ -105,9 +118,13 @@ def rows(quick: bool) -> Iterator[Row]:
             yield from measure(layers, m, 7)
         return
     for shape in SMALL_SHAPES:
-        yield from measure(Layers(shape, DTYPES, (0.0, 0.5)), 1, 21)
-    layers = Layers(SHAPE, DTYPES, SPARSITIES)
+        yield from measure(Layers(shape, VARIANTS, (0.0, 0.5)), 1, 21)
+    layers = Layers(SHAPE, VARIANTS, SPARSITIES)
     for m in ROWS:
+        yield from measure(layers, m, 15 if m < 64 else 5)
+    del layers
+    layers = Layers(SHAPE, [name for name in VARIANTS if name != "fp32"], (0.0, 0.5), OTHERS)
+    for m in PEER_ROWS:
         yield from measure(layers, m, 15 if m < 64 else 5)
 
 

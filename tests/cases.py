@@ -55,7 +55,7 @@ class Case:
 # An independent model of the documented arithmetic, in numpy: codes and scales in float32, element by element as the header file and the
 # docstrings say, sums in float64.
 
-DTYPES, LAYOUTS = ("fp32", "bf16", "int8"), ("dense", "sparse")
+DTYPES, LAYOUTS = ("fp32", "bf16", "int8", "int4"), ("dense", "sparse")
 FLOATS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 _GROUP = {"fp32": 1, "bf16": 2, "int8": 4}
 _UNIT = {torch.float32: 2.0**-24, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}  # half the distance from 1 to the next number
@@ -73,55 +73,175 @@ def round_bf16(x: np.ndarray) -> np.ndarray:
     return np.where(np.isnan(x), x, rounded.view(np.float32)).astype(np.float32)
 
 
-def quantize(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Codes in [-127, 127] and the scale of each row."""
-    scale = (np.abs(x).max(-1, initial=0) / np.float32(127)).astype(np.float32)
+def inverted(scale: np.ndarray) -> np.ndarray:
+    """What values are multiplied by; 0 for zeros of either sign and for scales so small that it would be infinite."""
     with np.errstate(all="ignore"):
         inverse = np.float32(1) / scale
-        inverse = np.where((scale > 0) & np.isfinite(inverse), inverse, 0).astype(np.float32)
+    return np.where(np.isfinite(inverse), inverse, 0).astype(np.float32)
+
+
+def quantize(x: np.ndarray, scale: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
+    """Codes in [-127, 127] and the scale of each row, as it is given or found."""
+    if scale is None:
+        scale = (np.abs(x).max(-1, initial=0) / np.float32(127)).astype(np.float32)
+    inverse = inverted(scale)
+    with np.errstate(all="ignore"):
         codes = np.clip(np.rint(x * inverse[..., None]), -127, 127)
     return codes.astype(np.float32), scale
 
 
-def stored(weight: Tensor, dtype: str) -> np.ndarray:
-    """The float32 weight that a packed one stands for."""
+@dataclass(frozen=True)
+class Int4:
+    """An int4 weight: codes, and the grids of its groups, all spread to the shape of the weight."""
+
+    codes: np.ndarray
+    scale: np.ndarray  # values of float16, as float32
+    minimum: np.ndarray  # the value of code 0; float16 where the weight has one
+    zero: np.ndarray  # the code of padding
+    affine: bool  # whether the minimums are stored; else zero is a code
+
+    @property
+    def values(self) -> np.ndarray:
+        return self.scale * self.codes + self.minimum if self.affine else self.scale * (self.codes - self.zero)
+
+
+def int4(
+    weight: Tensor, layout: str, group_size: int = 32, symmetric: bool = False, scale: Tensor | None = None, minimum: Tensor | None = None
+) -> Int4:
+    """The arithmetic of int4, group by group."""
+    w, f16 = numpy32(weight), np.float16
+    codes, scales, minimums, zeros = (np.zeros(w.shape, np.float32) for _ in range(4))
+    affine = layout == "dense" and not symmetric
+    for group in range(-(-w.shape[1] // group_size)):
+        at = slice(None), slice(group * group_size, (group + 1) * group_size)
+        low, high = (ends[:, None] + np.float32(0) for ends in (w[at].min(1), w[at].max(1)))
+        least = np.zeros_like(low)
+        if scale is not None:
+            step = numpy32(scale)[:, group, None]
+            least = least if minimum is None else numpy32(minimum)[:, group, None]
+        elif symmetric:
+            step = np.where(-low >= high, low, high) / np.float32(-8) + np.float32(0)
+        else:
+            if layout == "sparse":
+                low, high = np.minimum(low, 0), np.maximum(high, 0)
+            step, least = (high - low) / np.float32(15), low
+        step = step.astype(f16).astype(np.float32)
+        inverse = inverted(step)
+        zero = np.full_like(step, 8 * symmetric) if symmetric or affine else np.clip(np.rint(-least * inverse), 0, 15)
+        if affine:
+            least = least.astype(f16).astype(np.float32)
+            codes[at] = np.clip(np.rint((w[at] - least) * inverse), 0, 15)
+        else:
+            least = -step * zero
+            codes[at] = np.clip(np.rint(w[at] * inverse + zero), 0, 15)
+        scales[at], minimums[at], zeros[at] = step, least, zero
+    return Int4(codes, scales, minimums, zeros, affine)
+
+
+def stored(weight: Tensor, dtype: str, layout: str = "dense", **grid: Any) -> np.ndarray:
+    """The float32 weight that a packed one stands for; layout and grid (arguments of `pack`) make a difference to int4 only."""
     w = numpy32(weight)
+    if dtype == "int4":
+        return int4(weight, layout, **grid).values
     if dtype == "fp32":
         return w
     if dtype == "bf16":
         return round_bf16(w)
-    codes, scale = quantize(w)
+    codes, scale = quantize(w, given(grid))
     return codes * scale[:, None]
 
 
-def product(x: Tensor, weight: Tensor, dtype: str, bias: Tensor | None, group: int) -> tuple[Tensor, Tensor]:
+def given(grid: Args) -> np.ndarray | None:
+    """The scales of int8 rows, if there are any."""
+    return None if grid.get("scale") is None else numpy32(grid["scale"])[:, 0]
+
+
+def product(
+    x: Tensor, weight: Tensor, dtype: str, bias: Tensor | None, group: int, layout: str = "dense", **grid: Any
+) -> tuple[Tensor, Tensor]:
     """The product that `sparse_linear` computes, in float64, and a bound on the rounding errors of any order of float32 sums."""
-    w = stored(weight, dtype).astype(np.float64)
+    w = stored(weight, dtype, layout, **grid).astype(np.float64)
     v = numpy32(x).reshape(-1, x.shape[-1]) if x.shape[-1] else np.zeros((x.shape[:-1].numel(), 0), np.float32)
     inputs = v.shape[1]
     if dtype == "bf16":
         v = round_bf16(v)
-    if dtype == "int8":
+    if dtype in ("int8", "int4"):
         padded = np.pad(v, ((0, 0), (0, -inputs % group))).reshape(len(v), -(-inputs // group), group)
         codes, scale = quantize(padded)
         v = (codes.astype(np.float64) * scale[..., None].astype(np.float64)).reshape(len(v), -(-inputs // group) * group)[:, :inputs]
     v = v.astype(np.float64)
     b = np.zeros(len(w)) if bias is None else numpy32(bias).astype(np.float64)
-    exact, size = v @ w.T + b, np.abs(v) @ np.abs(w).T + np.abs(b)
-    terms = (-(-inputs // group) if dtype == "int8" else inputs) + 4  # rounded additions and products; integer sums are exact
+    magnitude = np.abs(w)
+    if dtype == "int4":  # codes and minimums are multiplied on their own, so one can be much larger than what remains of both
+        grids = int4(weight, layout, **grid)
+        magnitude = (np.abs(grids.scale * grids.codes) + np.abs(grids.minimum)).astype(np.float64)
+    exact, size = v @ w.T + b, np.abs(v) @ magnitude.T + np.abs(b)
+    # Rounded additions and products; integer sums are exact. int4 has two sums, of codes and of minimums, in one.
+    terms = {"int8": -(-inputs // group), "int4": 2 * -(-inputs // group)}.get(dtype, inputs) + 4
     bound = 1.01 * terms * 2.0**-24 * size + (inputs + 1) * 2.0**-126
     bound += _UNIT[x.dtype] * (np.abs(exact) + bound) + _TINY[x.dtype]
     shape = (*x.shape[:-1], len(w))
     return torch.from_numpy(exact).reshape(shape), torch.from_numpy(bound).reshape(shape)
 
 
-def pack_by_hand(weight: Tensor, dtype: str, layout: str) -> bytes:
+def _assemble(
+    streams: list[bytes], dtype: str, layout: str, shape: Any, nonzeros: int, group_size: int = 0, symmetric: bool = False
+) -> bytes:
+    """A packed array of its panels."""
+    first = -(-(64 + 8 * (len(streams) + 1)) // 64) * 64
+    offsets = [first, *itertools.accumulate((len(s) for s in streams), initial=first)][1:]
+    fields = 1, DTYPES.index(dtype), LAYOUTS.index(layout), group_size, *shape, offsets[-1] + 64, nonzeros, symmetric
+    header = b"\x01TCESPL\0" + struct.pack("<IIIIqqqqq", *fields)
+    return (header + np.array(offsets, "<i8").tobytes()).ljust(first, b"\0") + b"".join(streams) + bytes(64)
+
+
+def pack_int4_by_hand(weight: Tensor, layout: str, group_size: int = 32, symmetric: bool = False, **given: Any) -> bytes:
+    """As `pack_by_hand`, element by element."""
+    grids = int4(weight, layout, group_size, symmetric, **given)
+    outputs, inputs = weight.shape
+    chunks = -(-inputs // 32)
+    streams = []
+    for panel in range(-(-outputs // 16)):
+        stream = b""
+        lines = range(panel * 16, panel * 16 + 16)
+        for chunk in range(chunks):
+            k0 = chunk * 32
+            # what padding is: of an output that is there, or of one that is not
+            zeros = [(int(grids.zero[n, k0]) if n < outputs else 8 * symmetric) if layout == "sparse" or symmetric else 0 for n in lines]
+            if k0 % group_size == 0:
+                for name in ("scale",) if symmetric or layout == "sparse" else ("scale", "minimum"):
+                    grid = getattr(grids, name)
+                    stream += np.array([grid[n, k0] if n < outputs else 0 for n in lines], np.float16).tobytes()
+                if layout == "sparse" and not symmetric:
+                    stream += bytes(zeros)
+            words, tails = b"", b""
+            for row in range(4):
+                halves: list[list[int]] = [[], []]
+                for half in range(2):
+                    word = 0
+                    for byte in range(64):
+                        n, k = lines[byte // 4], k0 + 8 * row + 4 * half + byte % 4
+                        zero = zeros[byte // 4]
+                        code = int(grids.codes[n, k]) if n < outputs and k < inputs else zero
+                        if layout == "dense" or code != zero:
+                            halves[half].append(code)
+                            word |= 1 << byte
+                    words += word.to_bytes(8, "little")
+                tails += bytes(low | high << 4 for low, high in itertools.zip_longest(*halves, fillvalue=0))
+            stream += words * (layout == "sparse") + tails
+        streams.append(stream)
+    return _assemble(streams, "int4", layout, weight.shape, int(np.count_nonzero(grids.values)), group_size, symmetric)
+
+
+def pack_by_hand(weight: Tensor, dtype: str, layout: str, **grid: Any) -> bytes:
     """The packed format, written as the drawing in kernels/sparse_linear/sparse_linear.h reads."""
+    if dtype == "int4":
+        return pack_int4_by_hand(weight, layout, **grid)
     w, group = numpy32(weight), _GROUP[dtype]
     outputs, inputs = w.shape
     scale = np.zeros(outputs, np.float32)
     if dtype == "int8":
-        codes, scale = quantize(w)
+        codes, scale = quantize(w, given(grid))
         elements, zero, kind = codes + 128, 128, np.uint8
     elif dtype == "bf16":
         elements, zero, kind = np.ascontiguousarray(round_bf16(w)).view(np.uint32) >> 16, 0, np.uint16
@@ -144,18 +264,18 @@ def pack_by_hand(weight: Tensor, dtype: str, layout: str) -> bytes:
             chunk, bits = in_order(full), in_order(nonzero)
             stream += chunk.tobytes() if layout == "dense" else np.packbits(bits, bitorder="little").tobytes() + chunk[bits].tobytes()
         streams.append(stream + (scales[lines].tobytes() if dtype == "int8" else b""))
-    first = -(-(64 + 8 * (panels + 1)) // 64) * 64
-    offsets = [first, *itertools.accumulate((len(s) for s in streams), initial=first)][1:]
-    total = offsets[-1] + 64
-    header = b"\x01TCESPL\0" + struct.pack(
-        "<IIIIqqqqq", 1, DTYPES.index(dtype), LAYOUTS.index(layout), 0, outputs, inputs, total, int(nonzero.sum()), 0
-    )
-    return (header + np.array(offsets, "<i8").tobytes()).ljust(first, b"\0") + b"".join(streams) + bytes(64)
+    return _assemble(streams, dtype, layout, w.shape, int(nonzero.sum()))
 
 
 SIZES = (0, 1, 15, 16, 17, 31, 33, 63, 64, 65, 127, 191, 255, 257)
 BATCHES = (1, 2, 3, 4, 5, 7, 8, 9, 13, 16, 17, 20)
 SPARSITIES = (0.0, 0.5, 0.9, 1.0, "one")
+
+
+GRIDS = [
+    {"group_size": size, "symmetric": symmetric} for size, symmetric in zip((32, 32, 64, 128, 128, 64), (False, True) * 3, strict=True)
+]
+_grids = itertools.cycle(GRIDS)  # of int4 samples that name none
 
 
 def random_weight(outputs: int, inputs: int, sparsity: float | str, generator: torch.Generator) -> Tensor:
@@ -171,16 +291,18 @@ def random_weight(outputs: int, inputs: int, sparsity: float | str, generator: t
 
 
 def linear_sample(
-    shape: tuple[int, ...], weight: Tensor, dtype: str, layout: str, kind: torch.dtype, bias: torch.dtype | None, group: int, name: str = ""
+    shape: tuple[int, ...], weight: Tensor, dtype: str, layout: str, kind: torch.dtype, bias: torch.dtype | None, group: int, **grid: Any
 ) -> Sample:
+    if dtype == "int4":
+        group, grid = 32, grid or next(_grids)
     outputs, inputs = weight.shape
     generator = torch.Generator().manual_seed(hash((shape, outputs, inputs, group)) & 0xFFFF)
     x = torch.randn(*shape, inputs, generator=generator).to(kind)
     b = None if bias is None else torch.randn(outputs, generator=generator).to(bias)
-    packed = torch.ops.torch_cpu_ext.sparse_linear_pack(weight, dtype=dtype, layout=layout)
+    packed = torch.ops.torch_cpu_ext.sparse_linear_pack(weight, dtype=dtype, layout=layout, **grid)
     args = {"input": x, "packed": packed, "bias": b, "out_features": outputs, "activation_group": group}
-    name = name or f"{dtype} {layout} {shape} x {outputs} x {inputs} {kind} bias={bias} group={group}"
-    return Sample(name, args, functools.cache(lambda: product(x, weight, dtype, b, group)))
+    name = f"{dtype} {layout} {grid or ''} {shape} x {outputs} x {inputs} {kind} bias={bias} group={group}"
+    return Sample(name, args, functools.cache(lambda: product(x, weight, dtype, b, group, layout, **grid)))
 
 
 @functools.cache
@@ -214,6 +336,8 @@ def _few_linear() -> list[Sample]:
             ((5,), "bf16", "dense", torch.bfloat16, None),
             ((2, 4), "int8", "sparse", torch.float32, torch.float32),
             ((), "bf16", "sparse", torch.float16, torch.float16),
+            ((2, 3), "int4", "dense", torch.bfloat16, torch.float32),
+            ((6,), "int4", "sparse", torch.float32, None),
         ]
     ]
 
@@ -275,7 +399,10 @@ def _wrong_packed(op: str) -> list[Bad]:
         Bad(damaged + "an array that does not begin with the format's magic", replaced(packed=patched("<Q", 0, 7)), traced=False),
         Bad(damaged + "a format version from the future: update torch_cpu_ext", replaced(packed=patched("<I", 8, 2)), traced=False),
         Bad(damaged + "format version 0", replaced(packed=patched("<I", 8, 0)), traced=False),
-        Bad(damaged + "an unknown dtype code", replaced(packed=patched("<I", 12, 3)), traced=False),
+        Bad(damaged + "an unknown dtype code", replaced(packed=patched("<I", 12, 4)), traced=False),
+        Bad(damaged + "an unknown group size", replaced(packed=patched("<I", 12, 3)), traced=False),  # int4 in groups of 0
+        Bad(damaged + "an unknown group size", replaced(packed=patched("<I", 20, 32)), traced=False),
+        Bad(damaged + "an unknown kind of zero", replaced(packed=patched("<q", 56, 1)), traced=False),
         Bad(damaged + "an unknown layout code", replaced(packed=patched("<I", 16, 2)), traced=False),
         Bad(damaged + "sizes out of range", replaced(packed=patched("<q", 24, -1)), traced=False),
         Bad(damaged + "sizes out of range", replaced(packed=patched("<q", 32, 1 << 62)), traced=False),
@@ -302,6 +429,13 @@ _LINEAR = Case(
         Bad("sparse_linear: activation_group must be 32 or 64, got 16", replaced(activation_group=16)),
         Bad("sparse_linear: activation_group must be 32 or 64, got 0", replaced(activation_group=0)),
         Bad("sparse_linear: activation_group must be 32 or 64, got -32", replaced(activation_group=-32)),
+        Bad(
+            "sparse_linear: activation_group must be 32 for int4 weights, got 64",
+            lambda args: (
+                args | {"packed": torch.ops.torch_cpu_ext.sparse_linear_pack(torch.ones(33, 67), dtype="int4"), "activation_group": 64}
+            ),
+            traced=False,
+        ),
         Bad("sparse_linear: bias must be 1-D with 33 elements, got 1-D with 32", replaced(bias=lambda b: b[:-1])),
         Bad("sparse_linear: bias must be 1-D with 33 elements, got 2-D with 33", replaced(bias=lambda b: b[None])),
         Bad("sparse_linear: bias must be 1-D with 33 elements, got 0-D with 1", replaced(bias=lambda b: b[0])),
@@ -322,16 +456,27 @@ _LINEAR = Case(
 )
 
 
-def pack_sample(weight: Tensor, dtype: str, layout: str) -> Sample:
+def pack_sample(weight: Tensor, dtype: str, layout: str, **grid: Any) -> Sample:
     def expected() -> tuple[Tensor, float]:
-        packed = {one: pack_by_hand(weight, dtype, one) for one in (LAYOUTS if layout == "auto" else [layout])}
+        packed = {one: pack_by_hand(weight, dtype, one, **grid) for one in (LAYOUTS if layout == "auto" else [layout])}
         best = min(packed.values(), key=len)  # on a tie the first, dense
         return torch.frombuffer(bytearray(best), dtype=torch.uint8), 0
 
     shape = " x ".join(map(str, weight.shape))
-    return Sample(
-        f"{dtype} {layout} {shape} {weight.dtype}", {"weight": weight, "dtype": dtype, "layout": layout}, functools.cache(expected)
-    )
+    args = {"weight": weight, "dtype": dtype, "layout": layout, "group_size": 32, "symmetric": False, "scale": None, "minimum": None} | grid
+    kind = ", ".join(f"{name}={'given' if isinstance(value, Tensor) else value}" for name, value in grid.items())
+    return Sample(f"{dtype} {layout} {kind} {shape} {weight.dtype}", args, functools.cache(expected))
+
+
+def given_grid(weight: Tensor, dtype: str, generator: torch.Generator, group_size: int = 32, symmetric: bool = False) -> Args:
+    """Grids as another program could have made them: of either sign, and so coarse or fine that codes are clamped."""
+    groups = -(-weight.shape[1] // group_size) if dtype == "int4" else 1
+    grid: Args = {"scale": torch.randn(weight.shape[0], groups, generator=generator) * (0.5 if dtype == "int4" else 0.02)}
+    if dtype == "int4":
+        grid |= {"group_size": group_size, "symmetric": symmetric}
+        if not symmetric:
+            grid["minimum"] = torch.randn(weight.shape[0], groups, generator=generator) - 8 * grid["scale"]
+    return grid
 
 
 @functools.cache
@@ -339,32 +484,52 @@ def _pack_samples() -> list[Sample]:
     generator = torch.Generator().manual_seed(3)
     sparsities, kinds, layouts = itertools.cycle(SPARSITIES), itertools.cycle(FLOATS.values()), itertools.cycle(("auto", *LAYOUTS))
     sizes = (0, 1, 15, 16, 17, 33, 64, 65, 127, 257)
-    return [
-        pack_sample(random_weight(outputs, inputs, next(sparsities), generator).to(next(kinds)), dtype, next(layouts))
+    grids = itertools.cycle(GRIDS)
+    samples = [
+        pack_sample(
+            random_weight(outputs, inputs, next(sparsities), generator).to(next(kinds)),
+            dtype,
+            next(layouts),
+            **(next(grids) if dtype == "int4" else {}),
+        )
         for dtype, outputs, inputs, _ in itertools.product(DTYPES, sizes, sizes, range(2))
     ]
+    for dtype, layout, outputs, inputs in itertools.product(("int8", "int4"), ("auto", *LAYOUTS), (1, 17, 33), (0, 1, 32, 67, 130)):
+        weight = random_weight(outputs, inputs, next(sparsities), generator).to(next(kinds))
+        for grid in GRIDS if dtype == "int4" else [{}]:
+            samples.append(pack_sample(weight, dtype, layout, **given_grid(weight, dtype, generator, **grid)))
+    return samples
 
 
 @functools.cache
 def _few_pack() -> list[Sample]:
     generator = torch.Generator().manual_seed(4)
-    return [
-        pack_sample(random_weight(17, 33, 0.5, generator), dtype, layout) for dtype, layout in zip(DTYPES, ("auto", *LAYOUTS), strict=True)
+    samples = [
+        pack_sample(random_weight(17, 33, 0.5, generator), dtype, layout)
+        for dtype, layout in zip(DTYPES, ("auto", *LAYOUTS, "auto"), strict=True)
     ]
+    for dtype, layout in (("int8", "dense"), ("int4", "dense"), ("int4", "sparse")):
+        weight = random_weight(17, 67, 0.5, generator)
+        samples.append(pack_sample(weight, dtype, layout, **given_grid(weight, dtype, generator)))
+    return samples
+
+
+def with_grids(dtype: str, scale: Tensor | None, minimum: Tensor | None = None, **others: Any) -> Callable[[Args], Args]:
+    return replaced(dtype=dtype, scale=scale, minimum=minimum, **others)
 
 
 _PACK = Case(
     op="sparse_linear_pack",
     samples=_pack_samples,
     few=_few_pack,
-    strided=("weight",),
+    strided=("weight", "scale", "minimum"),
     dynamic_shape=True,
     bad=[
         *_wrong_types("sparse_linear_pack", "weight"),
         Bad("sparse_linear_pack: weight must be 2-D (out_features, in_features), got 1-D", replaced(weight=lambda w: w[0])),
         Bad("sparse_linear_pack: weight must be 2-D (out_features, in_features), got 3-D", replaced(weight=lambda w: w[None])),
-        Bad("sparse_linear_pack: dtype must be fp32, bf16 or int8, got fp16", replaced(dtype="fp16")),
-        Bad("sparse_linear_pack: dtype must be fp32, bf16 or int8, got ", replaced(dtype="")),
+        Bad("sparse_linear_pack: dtype must be fp32, bf16, int8 or int4, got fp16", replaced(dtype="fp16")),
+        Bad("sparse_linear_pack: dtype must be fp32, bf16, int8 or int4, got ", replaced(dtype="")),
         Bad("sparse_linear_pack: layout must be auto, sparse or dense, got Sparse", replaced(layout="Sparse")),
         *(
             Bad(
@@ -374,17 +539,76 @@ _PACK = Case(
             )
             for value in (float("nan"), float("inf"), -float("inf"))
         ),
+        *(
+            Bad(
+                "sparse_linear_pack: weight must be finite and within the range of fp16 scales to be packed as int4, got other values",
+                replaced(dtype="int4", weight=lambda w, value=value: w.clone().index_fill_(1, torch.tensor([w.shape[1] - 1]), value)),
+                traced=False,
+            )
+            for value in (float("nan"), float("inf"), -float("inf"), 1e6, -66000.0)
+        ),
+        *(
+            Bad(f"sparse_linear_pack: group_size must be 32, 64 or 128, got {size}", replaced(dtype="int4", group_size=size))
+            for size in (0, 16, 33, 256, -32)
+        ),
+        *(
+            Bad(
+                f"sparse_linear_pack: scale must be None unless dtype is int8 or int4, got a tensor with dtype {dtype}",
+                with_grids(dtype, torch.ones(17, 1)),
+            )
+            for dtype in ("fp32", "bf16")
+        ),
+        *(
+            Bad("sparse_linear_pack: minimum must be given with scale for an int4 weight that is not symmetric, and only then", spoil)
+            for spoil in (
+                with_grids("int4", torch.ones(17, 2)),
+                with_grids("int4", None, torch.ones(17, 2)),
+                with_grids("int4", torch.ones(17, 2), torch.ones(17, 2), symmetric=True),
+                with_grids("int8", torch.ones(17, 1), torch.ones(17, 1)),
+            )
+        ),
+        *(
+            Bad(f"sparse_linear_pack: {message}", spoil)
+            for message, spoil in (
+                ("scale must be float32 (17, 1), got 1-D Float with 17 elements", with_grids("int8", torch.ones(17))),
+                ("scale must be float32 (17, 1), got 2-D Double with 17 elements", with_grids("int8", torch.ones(17, 1).double())),
+                ("scale must be float32 (17, 2), got 2-D Float with 17 elements", with_grids("int4", torch.ones(17, 1), torch.ones(17, 1))),
+                ("scale must be float32 (17, 2), got 2-D Float with 34 elements", with_grids("int4", torch.ones(2, 17), torch.ones(17, 2))),
+                (
+                    "minimum must be float32 (17, 2), got 2-D Half with 34 elements",
+                    with_grids("int4", torch.ones(17, 2), torch.ones(17, 2).half()),
+                ),
+                (
+                    "scale must be float32 (17, 1), got 2-D Float with 34 elements",
+                    with_grids("int4", torch.ones(17, 2), torch.ones(17, 2), group_size=64),
+                ),
+            )
+        ),
+        *(
+            Bad(f"sparse_linear_pack: {name} must be finite, got NaN or an infinity", with_grids("int4", *grids), traced=False)
+            for value in (float("nan"), float("inf"))
+            for name, grids in (
+                ("scale", (torch.full((17, 2), value), torch.ones(17, 2))),
+                ("minimum", (torch.ones(17, 2), torch.full((17, 2), -value))),
+            )
+        ),
+        Bad(
+            "sparse_linear_pack: scale must be finite, got NaN or an infinity",
+            with_grids("int8", torch.full((17, 1), float("nan"))),
+            traced=False,
+        ),
     ],
 )
 
 
 def unpack_sample(weight: Tensor, dtype: str, layout: str, kind: str) -> Sample:
-    packed = torch.ops.torch_cpu_ext.sparse_linear_pack(weight, dtype=dtype, layout=layout)
+    grid = next(_grids) if dtype == "int4" else {}
+    packed = torch.ops.torch_cpu_ext.sparse_linear_pack(weight, dtype=dtype, layout=layout, **grid)
     args = {"packed": packed, "out_features": weight.shape[0], "in_features": weight.shape[1], "dtype": kind}
     return Sample(
         f"{dtype} {layout} {' x '.join(map(str, weight.shape))} to {kind}",
         args,
-        functools.cache(lambda: (torch.from_numpy(stored(weight, dtype)).to(FLOATS[kind]), 0.0)),
+        functools.cache(lambda: (torch.from_numpy(stored(weight, dtype, layout, **grid)).to(FLOATS[kind]), 0.0)),
     )
 
 
@@ -403,7 +627,13 @@ def _few_unpack() -> list[Sample]:
     generator = torch.Generator().manual_seed(6)
     return [
         unpack_sample(random_weight(33, 67, 0.5, generator), dtype, layout, kind)
-        for dtype, layout, kind in [("fp32", "sparse", "fp32"), ("bf16", "dense", "bf16"), ("int8", "sparse", "fp16")]
+        for dtype, layout, kind in [
+            ("fp32", "sparse", "fp32"),
+            ("bf16", "dense", "bf16"),
+            ("int8", "sparse", "fp16"),
+            ("int4", "sparse", "fp32"),
+            ("int4", "dense", "bf16"),
+        ]
     ]
 
 
@@ -421,9 +651,11 @@ _UNPACK = Case(
 
 
 def check_sample(weight: Tensor, dtype: str, layout: str) -> Sample:
-    packed = torch.ops.torch_cpu_ext.sparse_linear_pack(weight, dtype=dtype, layout=layout)
-    nonzeros = int(np.count_nonzero(quantize(numpy32(weight))[0] if dtype == "int8" else stored(weight, dtype)))
-    facts = torch.tensor([1, DTYPES.index(dtype), LAYOUTS.index(layout), *weight.shape, nonzeros])
+    grid = next(_grids) if dtype == "int4" else {}
+    packed = torch.ops.torch_cpu_ext.sparse_linear_pack(weight, dtype=dtype, layout=layout, **grid)
+    nonzeros = int(np.count_nonzero(quantize(numpy32(weight))[0] if dtype == "int8" else stored(weight, dtype, layout, **grid)))
+    kind = grid.get("group_size", 0), grid.get("symmetric", 0)
+    facts = torch.tensor([1, DTYPES.index(dtype), LAYOUTS.index(layout), *weight.shape, nonzeros, *kind])
     return Sample(f"{dtype} {layout} {tuple(weight.shape)}", {"packed": packed}, lambda: (facts, 0))
 
 
@@ -440,7 +672,8 @@ def _check_samples() -> list[Sample]:
 @functools.cache
 def _few_check() -> list[Sample]:
     generator = torch.Generator().manual_seed(8)
-    return [check_sample(random_weight(33, 67, 0.5, generator), dtype, layout) for dtype, layout in [("bf16", "sparse"), ("int8", "dense")]]
+    kinds = [("bf16", "sparse"), ("int8", "dense"), ("int4", "dense"), ("int4", "sparse")]
+    return [check_sample(random_weight(33, 67, 0.5, generator), dtype, layout) for dtype, layout in kinds]
 
 
 _CHECK = Case(op="sparse_linear_check", samples=_check_samples, few=_few_check, bad=_wrong_packed("sparse_linear_check"))

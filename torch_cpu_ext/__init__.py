@@ -3,6 +3,8 @@
 Importing registers the ops and needs no compiler; the first use of a technique builds its C++ library, or loads it from the cache.
 """
 
+from typing import Any
+
 __version__ = "0.1.0"
 
 from .core.checkpoint import load_checkpoint, save_checkpoint
@@ -10,17 +12,28 @@ from .core.errors import BuildError, CorruptFileError, FallbackWarning
 from .core.isa import isa
 from .core.jit import kernel_isa, load
 from .core.swap import optimize, report, restore
-from .sparse_linear import PruneConfig, SparseLinear, SparseLinearConfig, calibration_from_text, prune, swap_linear
+from .sparse_linear import (
+    KernelInfo,
+    PruneConfig,
+    SparseLinear,
+    SparseLinearConfig,
+    calibration_from_text,
+    kernel_info,
+    prune,
+    swap_linear,
+)
 
 __all__ = [
     "BuildError",
     "CorruptFileError",
     "FallbackWarning",
+    "KernelInfo",
     "PruneConfig",
     "SparseLinear",
     "SparseLinearConfig",
     "calibration_from_text",
     "isa",
+    "kernel_info",
     "kernel_isa",
     "load",
     "load_checkpoint",
@@ -31,3 +44,12 @@ __all__ = [
     "save_checkpoint",
     "swap_linear",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """`TorchCpuExtConfig` needs transformers, so it is imported only when asked for."""
+    if name == "TorchCpuExtConfig":
+        from .integrations.transformers import TorchCpuExtConfig
+
+        return TorchCpuExtConfig
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

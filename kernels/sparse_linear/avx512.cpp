@@ -116,7 +116,7 @@ struct Int4 {
     }
   }
 
-  // Sixteen bits hold the sums of a unit: eight products of at most 15 * 127 each.
+  // Sixteen bits hold the sums of a unit: sixteen products of at most 15 * 127 each.
   template <int M>
   static void dot(const Unit* units, int64_t count, const Activations<Int4>& a, float* sums) {
     const __m512i low = _mm512_set1_epi8(15), ones = _mm512_set1_epi16(1);

@@ -2,6 +2,7 @@
 #include "../common/binding.h"
 
 #include <algorithm>
+#include <cmath>
 #include <vector>
 
 #include "format.h"
@@ -98,14 +99,18 @@ Tensor forward(Tensor input, Tensor packed, std::optional<Tensor> bias, int64_t 
   return out;
 }
 
-// One grid argument of `pack` as contiguous floats, or null where it is not given.
-const float* grid_values(std::optional<Tensor>& grid, const char* argument, int64_t outputs, int64_t groups, const char* op) {
+// One grid argument of `pack` as contiguous floats at any address, or null where it is not given.
+const void* grid_values(std::optional<Tensor>& grid, const char* argument, int64_t outputs, int64_t groups, const char* op) {
   if (!grid) return nullptr;
   STD_TORCH_CHECK(grid->dim() == 2 && grid->size(0) == outputs && grid->size(1) == groups && grid->scalar_type() == ScalarType::Float, op,
                   ": ", argument, " must be float32 (", outputs, ", ", groups, "), got ", grid->dim(), "-D ",
                   torch::headeronly::toString(grid->scalar_type()), " with ", grid->numel(), " elements");
   grid = torch::stable::contiguous(*grid);
-  return static_cast<const float*>(grid->const_data_ptr());
+  const void* values = grid->const_data_ptr();
+  bool finite = true;
+  for (int64_t i = 0; i < grid->numel(); ++i) finite &= std::isfinite(load_float(values, Float::fp32, i));
+  STD_TORCH_CHECK(finite, op, ": ", argument, " must be finite, got NaN or an infinity");
+  return values;
 }
 
 Tensor pack(Tensor weight, std::string dtype_name, std::string layout_name, int64_t group_size, bool symmetric, std::optional<Tensor> scale,

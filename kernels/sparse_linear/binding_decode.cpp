@@ -18,8 +18,8 @@ constexpr int64_t kMaxRows = 8;
 
 const Kernel<Steps> kSteps{"decode", {{Isa::scalar, scalar::steps}, {Isa::avx2, avx2::steps}, {Isa::avx512, avx512::steps}}};
 
-// The columns of `plan`: where in the arena each part of a layer begins, -1 where there is none; last the tokens that a query sees, itself
-// included, -1 for all. The order of decode.py.
+// The columns of `plan`: where in the arena or among the vectors each part of a layer begins, -1 where there is none; last the tokens that
+// a query sees, itself included, -1 for all. The order of decode.py.
 enum Part {
   kInputNorm,
   kQ,
@@ -51,9 +51,11 @@ struct Linear {
 // The arena and what is found in it.
 class Arena {
  public:
-  Arena(const Tensor& arena, const Tensor& plan)
+  Arena(const Tensor& arena, const Tensor& vectors, const Tensor& plan)
       : data_(static_cast<const uint8_t*>(arena.const_data_ptr())),
         bytes_(arena.numel()),
+        vectors_(static_cast<const float*>(vectors.const_data_ptr())),
+        count_(vectors.numel()),
         plan_(static_cast<const int64_t*>(plan.const_data_ptr())) {}
 
   int64_t at(int64_t layer, int part) const { return plan_[layer * kParts + part]; }
@@ -62,8 +64,8 @@ class Arena {
   const float* floats(int64_t layer, int part, int64_t n) const {
     const int64_t at = this->at(layer, part);
     if (at < 0) return nullptr;
-    STD_TORCH_CHECK(at % 4 == 0 && at <= bytes_ && n * 4 <= bytes_ - at, kOp, ": plan must name offsets inside the arena, got ", at);
-    return reinterpret_cast<const float*>(data_ + at);
+    STD_TORCH_CHECK(at <= count_ && n <= count_ - at, kOp, ": plan must name places among the vectors, got ", at);
+    return vectors_ + at;
   }
 
   // Asks for the headers and offsets of a layer's weights, which `linear` reads: they are cold when their turn comes.
@@ -93,6 +95,8 @@ class Arena {
   static constexpr int64_t kFetch = 16;  // lines: the offsets of 120 panels, 1920 outputs
   const uint8_t* data_;
   int64_t bytes_;
+  const float* vectors_;
+  int64_t count_;
   const int64_t* plan_;
 };
 
@@ -324,17 +328,20 @@ void check_long(const Tensor& tensor, const char* argument, int64_t numel) {
                   torch::headeronly::toString(tensor.scalar_type()), " with ", tensor.numel());
 }
 
-Tensor decode(Tensor hidden, Tensor arena, Tensor plan, Tensor cos, Tensor sin, Tensor positions, std::optional<Tensor> starts, Tensor kv,
-              int64_t length, int64_t heads, int64_t inner, double epsilon, double scale, std::string activation, int64_t vocabulary) {
+Tensor decode(Tensor hidden, Tensor arena, Tensor vectors, Tensor plan, Tensor cos, Tensor sin, Tensor positions,
+              std::optional<Tensor> starts, Tensor kv, int64_t length, int64_t heads, int64_t inner, double epsilon, double scale,
+              std::string activation, int64_t vocabulary) {
   const Float type = float_type(hidden, kOp, "hidden");
   STD_TORCH_CHECK(hidden.dim() == 3, kOp, ": hidden must be 3-D (batch, tokens, hidden size), got ", hidden.dim(), "-D");
   Shape s{hidden.size(0), hidden.size(1), hidden.size(2), heads, 0, 0, inner, 0};
   STD_TORCH_CHECK(s.rows() >= 1 && s.rows() <= kMaxRows, kOp, ": hidden must have 1 to ", kMaxRows, " rows (batch times tokens), got ",
                   s.rows());
-  STD_TORCH_CHECK(arena.dim() == 1 && arena.scalar_type() == ScalarType::Byte && arena.is_contiguous() && arena.is_cpu() &&
-                      reinterpret_cast<uintptr_t>(arena.const_data_ptr()) % 4 == 0,
-                  kOp, ": arena must be a contiguous 1-D uint8 CPU tensor, got ", arena.dim(), "-D ",
+  STD_TORCH_CHECK(arena.dim() == 1 && arena.scalar_type() == ScalarType::Byte && arena.is_contiguous() && arena.is_cpu(), kOp,
+                  ": arena must be a contiguous 1-D uint8 CPU tensor, got ", arena.dim(), "-D ",
                   torch::headeronly::toString(arena.scalar_type()));
+  STD_TORCH_CHECK(vectors.dim() == 1 && vectors.scalar_type() == ScalarType::Float && vectors.is_contiguous() && vectors.is_cpu(), kOp,
+                  ": vectors must be contiguous 1-D float32, got ", vectors.dim(), "-D ",
+                  torch::headeronly::toString(vectors.scalar_type()));
   STD_TORCH_CHECK(plan.dim() == 2 && plan.size(0) >= 1 && plan.size(1) == kParts, kOp, ": plan must be (layers + 1, ",
                   static_cast<int>(kParts), "), got ", plan.dim(), "-D with ", plan.numel(), " elements");
   check_long(plan, "plan", plan.numel());
@@ -373,7 +380,7 @@ Tensor decode(Tensor hidden, Tensor arena, Tensor plan, Tensor cos, Tensor sin, 
                   vocabulary);
   STD_TORCH_CHECK(activation == "silu" || activation == "gelu_tanh", kOp, ": activation must be silu or gelu_tanh, got ", activation);
 
-  const Arena parts(arena, plan);
+  const Arena parts(arena, vectors, plan);
   hidden = torch::stable::contiguous(hidden);
   std::vector<float> state(s.rows() * s.hidden);
   for (size_t i = 0; i < state.size(); ++i) state[i] = load_float(hidden.const_data_ptr(), type, i);

@@ -1,7 +1,6 @@
 #include "format.h"
 
 #include <algorithm>
-#include <cfloat>
 #include <cmath>
 
 namespace tce::sparse_linear {
@@ -27,12 +26,10 @@ bool is_zero(uint32_t code, DType dtype) {  // the sign of a zero is not kept: p
 uint32_t zero_code(DType dtype) { return dtype == DType::int8 ? 128 : 0; }
 int64_t size_of(DType dtype) { return 4 / group_of(dtype); }
 int64_t word_bytes(DType dtype) { return 2 * group_of(dtype); }
-// Zero for zero, and for a scale so small that its inverse overflows: all codes of that output are zero.
-float inverse(float scale) { return 1.0f / scale <= FLT_MAX ? 1.0f / scale : 0.0f; }
 
 // int8: the value of one step of output n, as given or so that the largest weight has code 127.
 float scale_of(const Dense& weight, int64_t n) {
-  if (weight.scale) return weight.scale[n];
+  if (weight.scale) return load_float(weight.scale, Float::fp32, n);
   float largest = 0;
   for (int64_t k = 0; k < weight.inputs; ++k)
     largest = std::max(largest, std::fabs(load_float(weight.data, weight.type, n * weight.inputs + k)));
@@ -97,7 +94,7 @@ PanelPlan plan_panel(const Dense& weight, const Scheme& scheme, int64_t panel) {
   PanelPlan plan{0, 0, true};
   const int64_t first = panel * kPanel, last = std::min(first + kPanel, weight.outputs);
   for (int64_t n = first; n < last; ++n) {
-    const float inverse_scale = scheme.dtype == DType::int8 ? inverse(scale_of(weight, n)) : 0;
+    const float inverse_scale = scheme.dtype == DType::int8 ? inverse_of(scale_of(weight, n)) : 0;
     for (int64_t k = 0; k < weight.inputs; ++k) {
       const float value = load_float(weight.data, weight.type, n * weight.inputs + k);
       if (scheme.dtype == DType::int8 && !std::isfinite(value)) return {0, 0, false};
@@ -115,7 +112,7 @@ void write_panel(const Dense& weight, const Scheme& scheme, int64_t panel, uint8
   float scale[kPanel] = {}, inverse_scale[kPanel] = {};
   for (int64_t i = 0; dtype == DType::int8 && i < kPanel && panel * kPanel + i < weight.outputs; ++i) {
     scale[i] = scale_of(weight, panel * kPanel + i);
-    inverse_scale[i] = inverse(scale[i]);
+    inverse_scale[i] = inverse_of(scale[i]);
   }
   const auto code_at = [&](int64_t n, int64_t k) {
     if (n >= weight.outputs || k >= weight.inputs) return zero_code(dtype);

@@ -1,6 +1,8 @@
 // Packing, unpacking and checking; plain C++ for every machine.
 #pragma once
 
+#include <cmath>
+
 #include "sparse_linear.h"
 
 namespace tce::sparse_linear {
@@ -8,14 +10,21 @@ namespace tce::sparse_linear {
 // Checks the header and the offsets of a packed array and fills `out`. Returns null, or what is wrong.
 const char* open(const uint8_t* data, int64_t bytes, Packed& out);
 
-// A dense weight to pack: contiguous [outputs][inputs]; and, if they are given, the grids its codes lie on.
+// A dense weight to pack: contiguous [outputs][inputs]; and, if they are given, the grids its codes lie on, as floats. At any address.
 struct Dense {
   const void* data;
   Float type;
   int64_t outputs, inputs;
-  const float* scale = nullptr;    // int8: [outputs]; int4: [outputs][groups]
-  const float* minimum = nullptr;  // int4, not symmetric: [outputs][groups], the value of code 0
+  const void* scale = nullptr;    // int8: [outputs]; int4: [outputs][groups]
+  const void* minimum = nullptr;  // int4, not symmetric: [outputs][groups], the value of code 0
 };
+
+// What a value is multiplied by to get its code. Zero for a zero of either sign, and for a scale so small that its inverse overflows: all
+// codes of that grid are zero.
+inline float inverse_of(float scale) {
+  const float inverse = 1 / scale;
+  return std::isfinite(inverse) ? inverse : 0.0f;
+}
 
 // What packing finds out about a panel before it writes it.
 struct PanelPlan {

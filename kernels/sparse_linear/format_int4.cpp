@@ -2,7 +2,6 @@
 #include "format.h"
 
 #include <algorithm>
-#include <cfloat>
 #include <cmath>
 
 namespace tce::sparse_linear {
@@ -23,10 +22,9 @@ struct Grid {
   }
   float scale() const { return fp16_to_float(scale16); }
   float minimum() const { return fp16_to_float(minimum16); }
-  float inverse() const { return 1 / scale() <= FLT_MAX ? 1 / scale() : 0.0f; }  // zero for zero
 
   uint8_t encode(float value) const {
-    const float steps = affine ? (value - minimum()) * inverse() : value * inverse() + zero;
+    const float steps = affine ? (value - minimum()) * inverse_of(scale()) : value * inverse_of(scale()) + zero;
     return static_cast<uint8_t>(std::clamp(std::nearbyint(steps), 0.0f, 15.0f));
   }
   float decode(int code) const { return affine ? scale() * code + minimum() : scale() * (code - zero); }
@@ -38,8 +36,8 @@ Grid grid_of(const Dense& weight, const Scheme& scheme, int64_t n, int64_t group
   const int64_t at = n * divide_up(weight.inputs, scheme.group_size) + group;
   float scale, minimum;
   if (weight.scale) {
-    scale = weight.scale[at];
-    minimum = weight.minimum ? weight.minimum[at] : 0.0f;
+    scale = load_float(weight.scale, Float::fp32, at);
+    minimum = weight.minimum ? load_float(weight.minimum, Float::fp32, at) : 0.0f;
   } else {
     const auto value_at = [&](int64_t k) { return load_float(weight.data, weight.type, n * weight.inputs + k); };
     float low = value_at(begin), high = low;
@@ -60,8 +58,7 @@ Grid grid_of(const Dense& weight, const Scheme& scheme, int64_t n, int64_t group
     }
   }
   const uint16_t scale16 = float_to_fp16(scale);
-  const float rounded = fp16_to_float(scale16), inverse = 1 / rounded <= FLT_MAX ? 1 / rounded : 0.0f;
-  const float zero = std::clamp(std::nearbyint(-minimum * inverse), 0.0f, 15.0f);
+  const float zero = std::clamp(std::nearbyint(-minimum * inverse_of(fp16_to_float(scale16))), 0.0f, 15.0f);
   return Grid::of(scheme, scale16, float_to_fp16(minimum), std::isfinite(zero) ? static_cast<uint8_t>(zero) : 0);
 }
 

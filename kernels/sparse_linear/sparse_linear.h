@@ -28,16 +28,17 @@ namespace tce::sparse_linear {
 //
 // int4 has groups of 32, 64 or 128 inputs that share a scale, and codes from 0 to 15. Inputs are padded to whole chunks of 32:
 //
-//   panel   group 0 | group 1 | ...
+//   panel   group 0 | group 1 | ... (the last may have fewer chunks)
 //   group   scales: fp16[16] | what zero is (unless symmetric) | chunk | chunk | ...
-//   chunk   32 inputs, as four rows of 16 outputs x 8 inputs: element (n, k) with j = k % 8 is in byte (n % 16) * 4 + j % 4, in the low
-//   half
-//           where j < 4, else in the high half
+//   chunk   32 inputs, as four rows of 16 outputs x 8 inputs: element (n, k) with j = k % 8 is in byte (n % 16) * 4 + j % 4, in the
+//           low half where j < 4, else in the high half
 //
 //   dense   weight = scale * code + minimum;  minimums: fp16[16]; symmetric: weight = scale * (code - 8); a row is 64 bytes
 //   sparse  weight = scale * (code - zero);   zeros: uint8[16];   symmetric: zero = 8;
-//           chunk = two bitmap words of 64 bits for each row, of its low and of its high halves | for each row the nonzero codes, the
-//           low ones and the high ones each in order, as many bytes as the more numerous need; missing halves are 0
+//           chunk = two bitmap words of 64 bits for each row, of its low and of its high halves | for each row the codes that are not
+//           zero's, the low ones and the high ones each in order, as many bytes as the more numerous need; missing halves are 0
+//
+// Padding has the code of zero (dense, not symmetric: code 0); the outputs that only fill a panel have scale, minimum and zero 0.
 
 enum class DType : uint32_t { fp32, bf16, int8, int4 };
 enum class Layout : uint32_t { dense, sparse };

@@ -36,7 +36,7 @@ constexpr int64_t kRowTile = 512;
 constexpr int64_t kSerialWork = 32 << 10;
 // Threads take parts of a weight as they get done with the last one, since the machine rarely serves all of them equally. Parts are long
 // enough for the hardware prefetcher and short enough for all threads to end together.
-constexpr int64_t kPartWork = 64 << 10, kPartsPerThread = 32;
+constexpr int64_t kPartWork = 128 << 10, kPartsPerThread = 32;
 
 // Calls f(index) for 0 <= index < count, in parallel.
 template <typename F>

@@ -1,5 +1,6 @@
 """`torch-cpu-ext bench`, and what benchmarks share."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -71,3 +72,47 @@ def test_interleave_gives_medians_and_spreads(monkeypatch):
     assert all(times[name] >= 0 and times[name].iqr >= 0 for name in "ab")
     row = common.row("case", 1e-3, "peer", 2e-3, {"k": 1})
     assert row == {"case": "case", "ours_ms": 1.0, "peer": "peer", "peer_ms": 2.0, "ratio": 2.0, "config": {"k": 1}}
+
+
+def test_a_bar_that_a_missing_peer_keeps_from_being_measured_is_null(monkeypatch, capsys):
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    import common
+
+    monkeypatch.setattr(common, "promised", lambda name: {"speed": {"at_least": 2.0}, "size": {"at_most": 1.0}})
+    common._print_bars("one", lambda: {"speed": None, "size": 0.5}, {})
+    speed, size = json.loads(capsys.readouterr().out)
+    assert (speed["measured"], speed["met"]) == (None, None)
+    assert (size["measured"], size["met"]) == (0.5, True)
+
+
+def test_a_peer_that_is_not_installed_says_how_to_get_it(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    import peers
+
+    assert peers.Peer("models", "none", packages=("json",)).missing() == ""
+    assert peers.Peer("models", "none", packages=("json", "no_such_package"), install="pip install it").missing() == (
+        "no_such_package not installed (pip install it)"
+    )
+
+
+def test_a_peer_that_fails_says_why(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    import peers
+    from peers.workers import Worker, WorkerError
+
+    with Worker(peers.Peer("models", "NoSuchRunner"), "model", 1) as worker, pytest.raises(WorkerError, match="NoSuchRunner"):
+        worker.ask()
+    assert worker.process.exitcode == 0
+
+
+def test_weights_that_are_shared_count_once(monkeypatch):
+    pytest.importorskip("transformers")
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    import torch
+
+    from peers.torch_models import _bytes
+
+    embedding, head = torch.nn.Embedding(10, 4), torch.nn.Linear(4, 10, bias=False)
+    assert sum(_bytes([embedding, head]).values()) == 320
+    head.weight = embedding.weight
+    assert sum(_bytes([embedding, head]).values()) == 160

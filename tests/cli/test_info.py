@@ -10,6 +10,7 @@ import torch
 
 import torch_cpu_ext
 from torch_cpu_ext.core import env, isa, jit
+from torch_cpu_ext.sparse_linear.ops import DTYPES
 
 from support import environment
 
@@ -43,6 +44,13 @@ def test_table_shows_every_technique():
     shown = run("info")
     for technique in jit.available():
         assert re.search(rf"{technique} +(built|cached|not built|failed)", shown)
+
+
+def test_kernels_are_measured_when_asked_for():
+    values = json.loads(run("info", "--json", "--kernels"))
+    assert [one["dtype"] for one in values["kernels"]] == list(DTYPES)
+    assert all(one["isa"] == torch_cpu_ext.kernel_isa("sparse_linear", one["dtype"]) for one in values["kernels"])
+    assert "kernels" not in json.loads(run("info", "--json"))
 
 
 def test_variables_that_are_set_are_shown(monkeypatch, tmp_path):

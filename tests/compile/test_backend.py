@@ -105,6 +105,8 @@ def test_sparse_weights_are_packed_without_loss(log):
         SparseLinearConfig(),
         SparseLinearConfig(sparsity=0.5, activation_group=64),
         SparseLinearConfig(dtype="bf16", sparsity=0.5, granularity="layer", layout="sparse"),
+        SparseLinearConfig(dtype="int4"),
+        SparseLinearConfig(dtype="int4", sparsity=0.5, group_size=64, symmetric=True),
     ],
 )
 def test_the_linear_option_gives_what_swap_linear_gives(config, log):
@@ -253,7 +255,7 @@ def test_options_and_modes_are_inductors():
     [
         ({"linaer": None}, "options must be 'linear' and those of torch._inductor.list_options.., got linaer; did you mean linear?"),
         ({"linear": "int8"}, r"options\['linear'\] must be a SparseLinearConfig or its to_dict.., got str"),
-        ({"linear": {"dtype": "int4"}}, "dtype must be one of fp32, bf16, int8, got 'int4'"),
+        ({"linear": {"dtype": "int3"}}, "dtype must be one of fp32, bf16, int8, int4, got 'int3'"),
     ],
 )
 def test_wrong_options_are_errors(options, message):

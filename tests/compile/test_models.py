@@ -44,6 +44,21 @@ def test_a_tied_llama_gives_what_swap_linear_gives(llama, log):
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("tied", [False, True])
+def test_the_head_of_an_int4_llama_is_int8(llama, log, tied):
+    """A graph does not name it; it is known by the shape of the embedding."""
+    if not tied:
+        llama.lm_head.weight = torch.nn.Parameter(torch.randn_like(llama.lm_head.weight) / 8)
+    config = SparseLinearConfig(dtype="int4")
+    want = tce.swap_linear(copy.deepcopy(llama), config)
+    assert (want.lm_head.dtype, want.model.layers[0].mlp.up_proj.dtype) == ("int8", "int4")
+    run = torch.compile(llama, backend="torch_cpu_ext", fullgraph=True, options={"linear": config})
+    ids = torch.randint(96, (2, 5))
+    torch.testing.assert_close(run(ids).logits, want(ids).logits, rtol=0.02, atol=0.02)
+    assert [line.split(":")[0] for line in log()] == ["packed 15 of 15 linear layers (int4, int8)"]
+
+
+@torch.no_grad()
 def test_a_sparse_llama_generates_the_same_tokens(llama, log):
     for name, parameter in llama.named_parameters():
         if "proj" in name:

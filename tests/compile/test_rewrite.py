@@ -149,6 +149,42 @@ def test_weights_that_cannot_be_packed_are_left(weight, text):
 
 
 @torch.no_grad()
+def test_int4_weights_beyond_float16_are_left():
+    model = nn.Linear(16, 16)
+    model.weight[3, 4] = 1e5
+    assert reason(model, torch.randn(2, 16), config=SparseLinearConfig(dtype="int4")) == "weight is beyond the range of float16"
+
+
+@torch.no_grad()
+def test_head_dtype_reaches_the_output_embedding():
+    """Tied or not; not other layers, and not where there is no embedding."""
+
+    class Model(nn.Module):
+        def __init__(self, tied):
+            super().__init__()
+            self.embedding, self.body, self.head = nn.Embedding(32, 16), nn.Linear(16, 16), nn.Linear(16, 32, bias=False)
+            if tied:
+                self.head.weight = self.embedding.weight
+
+        def forward(self, ids):
+            return self.head(self.body(self.embedding(ids)))
+
+    for tied in (False, True):
+        for config, expected in (
+            (SparseLinearConfig(dtype="int4"), ["int4", "int8"]),
+            (SparseLinearConfig(dtype="int4", head_dtype="bf16"), ["int4", "bf16"]),
+            (SparseLinearConfig(dtype="int8", sparsity=0.5), ["int8", "int8"]),
+        ):
+            torch._dynamo.reset()
+            layers, _ = inspect(Model(tied), torch.arange(5), config=config)
+            assert [layer.config.dtype for layer in layers] == expected
+            assert layers[1].config.sparsity == (None if tied else config.sparsity)
+    torch._dynamo.reset()
+    layers, _ = inspect(nn.Sequential(nn.Linear(16, 32)), torch.randn(2, 16), config=SparseLinearConfig(dtype="int4"))
+    assert [layer.config.dtype for layer in layers] == ["int4"]
+
+
+@torch.no_grad()
 def test_a_bias_of_another_shape_is_left():
     class Model(nn.Linear):
         def forward(self, x):

@@ -27,7 +27,12 @@ class Model(nn.Module):
 
 
 TOKENS = torch.arange(12)
-CONFIGS = [None, tce.SparseLinearConfig(dtype="fp32"), tce.SparseLinearConfig(dtype="int8", sparsity=0.5, activation_group=64)]
+CONFIGS = [
+    None,
+    tce.SparseLinearConfig(dtype="fp32"),
+    tce.SparseLinearConfig(dtype="int8", sparsity=0.5, activation_group=64),
+    tce.SparseLinearConfig(dtype="int4", group_size=64, symmetric=True),
+]
 
 
 def make(config=CONFIGS[2], **arguments):
@@ -50,7 +55,7 @@ def unchanged(model, before):
 
 @pytest.mark.parametrize("meta", [True, False])
 @pytest.mark.parametrize("tied", [True, False])
-@pytest.mark.parametrize("config", CONFIGS, ids=["not optimized", "fp32", "int8"])
+@pytest.mark.parametrize("config", CONFIGS, ids=["not optimized", "fp32", "int8", "int4"])
 def test_round_trip(config, tied, meta, tmp_path):
     model = make(config, tied=tied)
     tce.save_checkpoint(model, tmp_path / "model.safetensors")

@@ -48,15 +48,19 @@ def test_from_dict_refuses(kind):
 
 def test_from_dict_fills_what_is_missing_and_checks_the_rest():
     assert tce.SparseLinearConfig.from_dict({"dtype": "bf16"}) == tce.SparseLinearConfig(dtype="bf16")
-    with pytest.raises(ValueError, match="dtype must be one of fp32, bf16, int8, got 'int4'"):
-        tce.SparseLinearConfig.from_dict({"dtype": "int4"})
+    with pytest.raises(ValueError, match="dtype must be one of fp32, bf16, int8, int4, got 'int3'"):
+        tce.SparseLinearConfig.from_dict({"dtype": "int3"})
 
 
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"dtype": "int4"}, "dtype must be one of fp32, bf16, int8, got 'int4'"),
-        ({"dtype": None}, "dtype must be one of fp32, bf16, int8, got None"),
+        ({"dtype": "int3"}, "dtype must be one of fp32, bf16, int8, int4, got 'int3'"),
+        ({"dtype": None}, "dtype must be one of fp32, bf16, int8, int4, got None"),
+        ({"head_dtype": "int3"}, "head_dtype must be None or one of fp32, bf16, int8, int4, got 'int3'"),
+        ({"group_size": 16}, "group_size must be 32, 64 or 128, got 16"),
+        ({"dtype": "int4", "activation_group": 64}, "activation_group must be 32 for int4 weights, got 64"),
+        ({"head_dtype": "int4", "activation_group": 64}, "activation_group must be 32 for int4 weights, got 64"),
         ({"sparsity": 0.0}, "sparsity must be None or between 0 and 1, both excluded, got 0.0"),
         ({"sparsity": 1.0}, "sparsity must be None or between 0 and 1, both excluded, got 1.0"),
         ({"sparsity": -0.1}, "sparsity must be None or between 0 and 1, both excluded, got -0.1"),

@@ -79,7 +79,7 @@ def test_unknown_kernel():
 def test_instruction_sets_agree():
     """One packed array serves all; they differ by rounding only."""
     weight, x = torch.randn(50, 130) * (torch.rand(50, 130) < 0.5), torch.randn(6, 130)
-    for dtype in ("fp32", "bf16", "int8"):
+    for dtype in ("fp32", "bf16", "int8", "int4"):
         packed, results = pack(weight, dtype=dtype), []
         for name in isa.supported():
             with tce.isa(name):

@@ -52,7 +52,7 @@ def test_an_error_of_a_model_is_told_and_exits_with_1():
 def test_an_unknown_dtype_is_refused():
     done = demo("--dtype", "int3")
     assert done.returncode == 1
-    assert "--dtype must be one of fp32, bf16, int8, got int3" in done.stderr
+    assert "--dtype must be one of fp32, bf16, int8, int4, got int3" in done.stderr
 
 
 def test_missing_packages_are_named_with_their_pip_command(monkeypatch):
@@ -73,8 +73,8 @@ def test_conversion_appears_whole_or_not_at_all(tmp_path):
 
     path = tmp_path / "models" / "one"
     with pytest.raises(KeyboardInterrupt):
-        smollm2._once(path, "making", fail)
+        smollm2.once(path, "making", fail)
     (path.parent / ".one-k1ll3d__").mkdir()  # what a kill leaves
-    assert smollm2._once(path, "making", lambda target: target.mkdir()) == path
+    assert smollm2.once(path, "making", lambda target: target.mkdir()) == path
     assert sorted(file.name for file in path.parent.iterdir()) == ["one", "one.lock"]
-    assert smollm2._once(path, "making", fail) == path
+    assert smollm2.once(path, "making", fail) == path

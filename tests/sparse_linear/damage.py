@@ -12,7 +12,7 @@ from torch_cpu_ext.core.isa import supported
 from torch_cpu_ext.core.registry import CATALOGUE
 from torch_cpu_ext.sparse_linear import check, linear, pack, unpack
 
-from cases import DTYPES, LAYOUTS, random_weight
+from cases import GRIDS, LAYOUTS, random_weight
 from support import Fence
 
 OUTPUTS, INPUTS, ISAS = 35, 77, supported()
@@ -20,9 +20,12 @@ assert tce.load("sparse_linear")
 fence = Fence(1 << 16)
 generator = torch.Generator().manual_seed(0)
 inputs = [torch.randn(m, INPUTS, generator=generator) for m in (1, 3, 4, 6)]
+kinds = [*((dtype, {}) for dtype in ("fp32", "bf16", "int8")), ("int4", GRIDS[0]), ("int4", GRIDS[5])]
 arrays = {
-    (dtype, layout, sparsity): bytes(pack(random_weight(OUTPUTS, INPUTS, sparsity, generator), dtype=dtype, layout=layout).tolist())
-    for dtype, layout, sparsity in itertools.product(DTYPES, LAYOUTS, (0.0, 0.5, 1.0))
+    (dtype, str(grid), layout, sparsity): bytes(
+        pack(random_weight(OUTPUTS, INPUTS, sparsity, generator), dtype=dtype, layout=layout, **grid).tolist()
+    )
+    for (dtype, grid), layout, sparsity in itertools.product(kinds, LAYOUTS, (0.0, 0.5, 1.0))
 }
 counts = {"refused": 0, "answered": 0}
 

@@ -8,7 +8,7 @@ import torch_cpu_ext as tce
 from torch_cpu_ext.core.isa import supported
 from torch_cpu_ext.sparse_linear import check, linear, pack, unpack
 
-from cases import DTYPES, FLOATS, LAYOUTS, random_weight
+from cases import DTYPES, FLOATS, GRIDS, LAYOUTS, given_grid, random_weight
 from support import Fence
 
 assert tce.load("sparse_linear")
@@ -16,11 +16,12 @@ fences = [Fence(1 << 18) for _ in range(3)]
 generator = torch.Generator().manual_seed(0)
 count = 0
 sizes = (1, 15, 16, 17, 31, 33, 63, 64, 65, 129, 257)
-kinds, batches = itertools.cycle(FLOATS.values()), itertools.cycle((1, 2, 3, 4, 5, 8, 11, 17))
+kinds, batches, grids = (itertools.cycle(values) for values in (FLOATS.values(), (1, 2, 3, 4, 5, 8, 11, 17), GRIDS))
 for dtype, layout, outputs, inputs in itertools.product(DTYPES, LAYOUTS, (1, 15, 16, 17, 33), sizes):
     for sparsity in (0.0, 0.5, 1.0):
         weight = random_weight(outputs, inputs, sparsity, generator)
-        plain = pack(weight, dtype=dtype, layout=layout)
+        grid = next(grids) if dtype == "int4" else {}
+        plain = pack(weight, dtype=dtype, layout=layout, **grid)
         kind = next(kinds)
         x, bias = (
             torch.randn(next(batches), inputs, generator=generator).to(kind),
@@ -36,5 +37,9 @@ for dtype, layout, outputs, inputs in itertools.product(DTYPES, LAYOUTS, (1, 15,
                     count += 2
             assert unpack(packed, outputs, inputs).equal(unpack(plain, outputs, inputs))
             assert check(packed).equal(check(plain))
-        assert pack(fences[0].place(weight.to(kind)), dtype=dtype, layout=layout).equal(pack(weight.to(kind), dtype=dtype, layout=layout))
+        given = given_grid(weight, dtype, generator, **grid) if dtype in ("int8", "int4") else {}
+        for scales in ({}, given):
+            fenced = {name: fences[1 + (name == "scale")].place(t) if isinstance(t, torch.Tensor) else t for name, t in scales.items()}
+            again = pack(fences[0].place(weight.to(kind)), dtype=dtype, layout=layout, **fenced)
+            assert again.equal(pack(weight.to(kind), dtype=dtype, layout=layout, **scales))
 print(f"{count} products between fences")

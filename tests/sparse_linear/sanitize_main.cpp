@@ -1,6 +1,7 @@
 // Runs every kernel of sparse_linear that this machine can run on buffers of exactly the documented size, under the address and
 // undefined-behaviour sanitizers; tests/sanitize.py builds and starts it. Results are compared with products in double.
 #include <algorithm>
+#include <cfloat>
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
@@ -40,23 +41,26 @@ class Exact {
   int64_t shift_;
 };
 
-std::vector<uint8_t> pack(const Dense& weight, DType dtype, Layout layout) {
+std::vector<uint8_t> pack(const Dense& weight, const Scheme& scheme) {
   const int64_t panels = divide_up(weight.outputs, kPanel), first = round_up(sizeof(Header) + (panels + 1) * 8, 64);
   std::vector<PanelPlan> plans;
   std::vector<int64_t> offsets{first};
   int64_t nonzeros = 0;
   for (int64_t i = 0; i < panels; ++i) {
-    plans.push_back(plan_panel(weight, dtype, i));
+    plans.push_back(plan_panel(weight, scheme, i));
+    if (!plans.back().representable) fail("a weight is refused");
     nonzeros += plans.back().nonzeros;
-    offsets.push_back(offsets.back() + panel_bytes(dtype, layout, weight.inputs, plans.back().nonzeros));
+    offsets.push_back(offsets.back() + plans.back().bytes);
   }
   std::vector<uint8_t> packed(offsets.back() + kTail);
-  const Header header{kMagic, kVersion, dtype, layout, 0, weight.outputs, weight.inputs, static_cast<int64_t>(packed.size()), nonzeros, 0};
+  const int64_t bytes = packed.size();
+  const Header header{kMagic,         kVersion,      scheme.dtype, scheme.layout, static_cast<uint32_t>(scheme.group_size),
+                      weight.outputs, weight.inputs, bytes,        nonzeros,      scheme.symmetric};
   std::memcpy(packed.data(), &header, sizeof(header));
   std::memcpy(packed.data() + sizeof(header), offsets.data(), offsets.size() * 8);
   for (int64_t i = 0; i < panels; ++i) {
     const Exact panel(offsets[i + 1] - offsets[i]);  // so that writing past a panel is seen
-    write_panel(weight, dtype, layout, i, plans[i], panel.get());
+    write_panel(weight, scheme, i, panel.get());
     std::memcpy(packed.data() + offsets[i], panel.get(), offsets[i + 1] - offsets[i]);
   }
   return packed;
@@ -69,19 +73,24 @@ struct Named {
 };
 
 std::vector<Named> variants() {
-  std::vector<Named> all{
-      {"scalar", DType::fp32, scalar::fp32()}, {"scalar", DType::bf16, scalar::bf16()}, {"scalar", DType::int8, scalar::int8()}};
+  std::vector<Named> all{{"scalar", DType::fp32, scalar::fp32()},
+                         {"scalar", DType::bf16, scalar::bf16()},
+                         {"scalar", DType::int8, scalar::int8()},
+                         {"scalar", DType::int4, scalar::int4()}};
   const auto add = [&](const char* name, DType dtype, Variant (*make)()) {
     if (make) all.push_back({name, dtype, make()});
   };
   add("avx2", DType::fp32, avx2::fp32);
   add("avx2", DType::bf16, avx2::bf16);
   add("avx2", DType::int8, avx2::int8);
+  add("avx2", DType::int4, avx2::int4);
   add("avx512", DType::fp32, avx512::fp32);
   add("avx512", DType::bf16, avx512::bf16);
   add("avx512", DType::int8, avx512::int8);
+  add("avx512", DType::int4, avx512::int4);
   add("avx512_vnni", DType::bf16, avx512_vnni::bf16);
   add("avx512_vnni", DType::int8, avx512_vnni::int8);
+  add("avx512_vnni", DType::int4, avx512_vnni::int4);
   add("avx512_bf16", DType::bf16, avx512_bf16::bf16);
   return all;
 }
@@ -131,16 +140,20 @@ int64_t product(const Named& kernel, const std::vector<uint8_t>& array, int64_t 
   if (!kernel.variant.run(b.p, 0, half, 0, m) || !kernel.variant.run(b.p, half, w.panels(), 0, m)) fail("an intact array is refused");
 
   for (int64_t i = 0; i < m; ++i) {
-    double step = 0;  // int8: half a step of x
+    double step = 0;  // int8, int4: half a step of x
     for (int64_t k = 0; k < inputs; ++k) step = std::max(step, std::fabs(values[i * inputs + k]) / 254);
     for (int64_t n = 0; n < outputs; ++n) {
       double sum = b.p.bias[n], bound = 1e-30 + std::fabs(sum) * 1e-6;
+      double largest = 0;
+      for (int64_t k = 0; k < inputs; ++k) largest = std::max<double>(largest, std::fabs(dense[n * inputs + k]));
       for (int64_t k = 0; k < inputs; ++k) {
         const double a = values[i * inputs + k], v = dense[n * inputs + k];
         sum += a * v;
         bound += std::fabs(a * v) * (inputs + 4) * 1.3e-7;
         if (kernel.dtype == DType::bf16) bound += std::fabs(a * v) * 0.004;
-        if (kernel.dtype == DType::int8) bound += std::fabs(v) * step;
+        if (has_codes(kernel.dtype)) bound += std::fabs(v) * step;
+        // Codes and minimums are multiplied on their own; either is at most twice the largest weight, or as far off as a given grid.
+        if (kernel.dtype == DType::int4) bound += std::fabs(a) * (4 * largest + 1) * (inputs + 4) * 1.3e-7;
       }
       const double found = load_float(b.p.out, type, i * outputs + n);
       bound += std::fabs(sum) * (type == Float::fp32 ? 1e-7 : 0.004) + (type == Float::fp16 ? 0x1p-25 : 0);  // half a step of denormals
@@ -201,6 +214,42 @@ Exact* special_source(Float type) {  // NaN, infinities, denormals, the largest 
   return source;
 }
 
+// The ways to pack a dtype.
+std::vector<Scheme> schemes(DType dtype) {
+  std::vector<Scheme> all;
+  for (Layout layout : {Layout::dense, Layout::sparse}) {
+    if (dtype != DType::int4) all.push_back({dtype, layout, 0, false});
+    for (int64_t group : {32, 64, 128})
+      for (bool symmetric : {false, true})
+        if (dtype == DType::int4) all.push_back({dtype, layout, group, symmetric});
+  }
+  return all;
+}
+
+// Grids as `pack` may be given them, at any address: of either sign, zeros of both, too small or too coarse for the weights.
+struct Grids {
+  int64_t count;
+  Exact scale, minimum;
+
+  Grids(const Scheme& scheme, int64_t outputs, int64_t inputs)
+      : count(outputs * (scheme.dtype == DType::int4 ? divide_up(inputs, scheme.group_size) : 1)),
+        scale(count * 4, draw(4)),
+        minimum(count * 4, draw(4)) {
+    const float special[] = {0.0f, -0.0f, 1e-45f, -1e-45f, 1e-9f, -1e-9f};
+    for (int64_t i = 0; i < count; ++i) {
+      const float values[] = {draw(3) ? normal() / 20 : special[draw(6)], normal()};
+      std::memcpy(scale.get() + 4 * i, &values[0], 4);
+      std::memcpy(minimum.get() + 4 * i, &values[1], 4);
+    }
+  }
+
+  void give(const Scheme& scheme, Dense& weight) const {
+    if (!has_codes(scheme.dtype)) return;
+    weight.scale = scale.get();
+    if (scheme.dtype == DType::int4 && !scheme.symmetric) weight.minimum = minimum.get();
+  }
+};
+
 }  // namespace
 
 int main() {
@@ -209,7 +258,7 @@ int main() {
   const double densities[] = {0, 0.1, 0.5, 1};
   const std::vector<Named> kernels = variants();
   int64_t turn = 0;
-  for (DType dtype : {DType::fp32, DType::bf16, DType::int8}) {
+  for (DType dtype : {DType::fp32, DType::bf16, DType::int8, DType::int4}) {
     for (int64_t outputs : {0, 1, 15, 16, 17, 33, 65}) {
       for (int64_t inputs : sizes) {
         for (double density : densities) {
@@ -218,13 +267,16 @@ int main() {
             const float value = std::uniform_real_distribution<>()(random_bits) < density ? normal() : 0.0f;
             std::memcpy(weight.get() + 4 * i, &value, 4);
           }
-          for (Layout layout : {Layout::dense, Layout::sparse}) {
-            const std::vector<uint8_t> array = pack({weight.get(), Float::fp32, outputs, inputs}, dtype, layout);
+          for (const Scheme& scheme : schemes(dtype)) {
+            Dense dense{weight.get(), Float::fp32, outputs, inputs};
+            const Grids grids(scheme, outputs, inputs);
+            if (draw(3) == 0) grids.give(scheme, dense);
+            const std::vector<uint8_t> array = pack(dense, scheme);
             for (const Named& kernel : kernels) {
               if (kernel.dtype != dtype) continue;
               const int64_t m = batches[++turn % 10];
               const Float type = turn % 3 == 0 ? Float::fp32 : turn % 3 == 1 ? Float::bf16 : Float::fp16;
-              cases += product(kernel, array, m, turn % 2 ? 32 : 64, type);
+              cases += product(kernel, array, m, turn % 2 || dtype == DType::int4 ? 32 : 64, type);
               for (int i = 0; i < 6; ++i) cases += damaged(kernel, array, batches[(turn + i) % 10]);
             }
           }
@@ -236,10 +288,12 @@ int main() {
   for (const Named& kernel : kernels) {
     for (Float type : {Float::fp32, Float::bf16, Float::fp16}) {
       const std::unique_ptr<Exact> weight(special_source(Float::fp32)), source(special_source(type));
-      for (int64_t i = 0; kernel.dtype == DType::int8 && i < 6 * 70; ++i)
-        if (!std::isfinite(load_float(weight->get(), Float::fp32, i))) store_float(weight->get(), Float::fp32, i, 1e-40f);
-      for (Layout layout : {Layout::dense, Layout::sparse}) {
-        const std::vector<uint8_t> array = pack({weight->get(), Float::fp32, 6, 70}, kernel.dtype, layout);
+      const float limit = kernel.dtype == DType::int4 ? 65504 : kernel.dtype == DType::int8 ? FLT_MAX : INFINITY;
+      for (int64_t i = 0; i < 6 * 70; ++i)
+        if (limit < INFINITY && !(std::fabs(load_float(weight->get(), Float::fp32, i)) <= limit))
+          store_float(weight->get(), Float::fp32, i, i % 2 ? 1e-40f : 6e4f);
+      for (const Scheme& scheme : schemes(kernel.dtype)) {
+        const std::vector<uint8_t> array = pack({weight->get(), Float::fp32, 6, 70}, scheme);
         Packed w;
         if (open(array.data(), array.size(), w)) fail("an intact array is refused");
         Buffers b(w, 6, 32, kernel.variant.x_bytes, type);

@@ -8,7 +8,7 @@ import torch
 from torch_cpu_ext.core.registry import CATALOGUE
 from torch_cpu_ext.sparse_linear import check, pack, unpack
 
-from cases import DTYPES, LAYOUTS, pack_by_hand, random_weight, stored
+from cases import DTYPES, GRIDS, LAYOUTS, given_grid, pack_by_hand, random_weight, stored
 from support import difference
 
 reference = CATALOGUE["sparse_linear_pack"].reference
@@ -21,6 +21,10 @@ GOLDEN = {
     ("bf16", "sparse"): "be03d99a1e224bb1f48ecee0b9fcdc73c318500a10c41e907cd8239af5694917",
     ("int8", "dense"): "2d9e34eeae6b84f2aacdc228fe02072cb6f62820b6ec22db42478623acc06863",
     ("int8", "sparse"): "474c758b38a04b17ab9ad61dcfade07078eae4e70e539d6bc27c2b2924bdfca0",
+    ("int4", "dense"): "22246506e3a462e95b3e95d857bc71c63c3fc7c33e3741af084564199ec6cbd7",
+    ("int4", "sparse"): "ab0b02ae75228e23e4272681eef8daf1a94d21bf842442a34c5df89ed7eb26ab",
+    ("int4", "dense", "symmetric"): "c1c2f7de9579138399d0efbd3f0f7297f326cb264e4f4ee1436c7911e1b200a8",
+    ("int4", "sparse", "symmetric"): "ba467414cd044983ab74628bf696c645fa77ebb00f43aa68faca615aabc5bda9",
 }
 
 
@@ -36,11 +40,13 @@ def special_weight() -> torch.Tensor:
     return torch.tensor(values).repeat(37)[: 17 * 28].view(17, 28)
 
 
-@pytest.mark.parametrize(("dtype", "layout"), GOLDEN)
-def test_golden(dtype, layout):
-    packed = pack(fixed_weight(), dtype=dtype, layout=layout)
-    assert hashlib.sha256(packed.numpy().tobytes()).hexdigest() == GOLDEN[dtype, layout]
-    assert unpack(packed, 18, 70).equal(torch.from_numpy(stored(fixed_weight(), dtype)))
+@pytest.mark.parametrize("key", GOLDEN, ids=" ".join)
+def test_golden(key):
+    dtype, layout, *symmetric = key
+    grid = {"symmetric": bool(symmetric)}
+    packed = pack(fixed_weight(), dtype=dtype, layout=layout, **grid)
+    assert hashlib.sha256(packed.numpy().tobytes()).hexdigest() == GOLDEN[key]
+    assert unpack(packed, 18, 70).equal(torch.from_numpy(stored(fixed_weight(), dtype, layout, **grid)))
 
 
 def weights():
@@ -58,18 +64,116 @@ def weights():
     yield torch.randn(20, 33, generator=generator).half()
 
 
+def int4_weights():
+    """Those of `weights` that float16 scales can hold, and those that are special to int4."""
+    yield from (weight for weight in weights() if float(weight.abs().max()) < 1e4)
+    small = [0.0, -0.0, 1e-45, -1e-45, 1e-40, 3e-8, -3e-8, 1e-7, -4e-7, 6e-6, 1e-3]
+    yield torch.tensor(small).repeat(64)[: 17 * 40].view(17, 40)  # scales that are denormals of float16, or that round to a zero
+    yield torch.tensor([1e-9, 0.0, -5e-10])[:, None].expand(3, 40)  # symmetric: a scale of -0
+    yield torch.tensor([65504.0, -65504.0, 1.0])[None].repeat(2, 20)
+    yield torch.full((3, 33), 0.3)
+    yield torch.full((3, 33), -0.3)  # no range, and nothing near zero
+    yield 5 + torch.randn(20, 100, generator=torch.Generator().manual_seed(1)).abs()  # sparse: zero is outside of what the weights span
+    yield torch.tensor([[-7.5, 0.5, 1.5, 2.5, 3.5, 7.5, -0.5, -1.5]])  # ties
+
+
+def schemes(dtype):
+    """Weights with every grid there is."""
+    if dtype == "int4":
+        yield from ((weight, grid) for weight in int4_weights() for grid in GRIDS)
+    else:
+        yield from ((weight, {}) for weight in weights())
+
+
 @pytest.mark.parametrize("layout", [*LAYOUTS, "auto"])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_kernel_reference_and_drawing_agree(dtype, layout):
     """Byte for byte, for one and two threads and any strides."""
-    for weight in weights():
-        expected = reference(weight, dtype=dtype, layout=layout)
+    for weight, grid in schemes(dtype):
+        expected = reference(weight, dtype=dtype, layout=layout, **grid)
         if layout != "auto":
-            assert expected.numpy().tobytes() == pack_by_hand(weight, dtype, layout), weight
+            assert expected.numpy().tobytes() == pack_by_hand(weight, dtype, layout, **grid), (weight, grid)
         for threads in (1, 2):
             torch.set_num_threads(threads)
-            assert pack(weight, dtype=dtype, layout=layout).equal(expected), weight
-            assert pack(weight.T.contiguous().T, dtype=dtype, layout=layout).equal(expected)
+            assert pack(weight, dtype=dtype, layout=layout, **grid).equal(expected), (weight, grid)
+            assert pack(weight.T.contiguous().T, dtype=dtype, layout=layout, **grid).equal(expected)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("scale", [0.0, -0.0, 1e-45, -1e-45, 1e-9, -1e-9, 6e-8, -0.01, 3.0])
+@pytest.mark.parametrize("dtype", ["int8", "int4"])
+def test_given_scales_of_any_kind(dtype, layout, scale):
+    """Zeros of both signs, and scales whose inverse overflows: zeros come out. Negative ones are scales like others."""
+    weight = random_weight(17, 70, 0.3, torch.Generator().manual_seed(0))
+    for grid in GRIDS if dtype == "int4" else [{}]:
+        values = given_grid(weight, dtype, torch.Generator().manual_seed(0), **grid)
+        values["scale"] = torch.full_like(values["scale"], scale)
+        packed = pack(weight, dtype=dtype, layout=layout, **values)
+        assert packed.numpy().tobytes() == pack_by_hand(weight, dtype, layout, **values)
+        assert packed.equal(reference(weight, dtype=dtype, layout=layout, **values))
+        assert unpack(packed, 17, 70).equal(torch.from_numpy(stored(weight, dtype, layout, **values)))
+
+
+def gguf_blocks(kind, generator, rows=19, blocks=5):
+    """Weights as GGUF stores them: blocks of 32 codes, a float16 scale and, in Q4_1, a float16 minimum; and these grids."""
+    codes = torch.randint(16, (rows, blocks, 32), generator=generator)
+    ends = torch.rand(rows, blocks, 32, generator=generator).argsort(2)  # places in each block
+    codes.scatter_(2, ends[:, :, :1], 0)
+    scale = (torch.randn(rows, blocks, generator=generator) * 0.01).half().float()
+    if kind == "Q4_0":
+        return (scale[..., None] * (codes - 8)).flatten(1), {"symmetric": True, "scale": scale}
+    codes.scatter_(2, ends[:, :, 1:2], 15)
+    scale = scale.abs()
+    minimum = (torch.randn(rows, blocks, generator=generator) * 0.1).half().float()
+    return (scale[..., None] * codes + minimum[..., None]).flatten(1), {"scale": scale, "minimum": minimum}
+
+
+@pytest.mark.parametrize("kind", ["Q4_0", "Q4_1"])
+def test_gguf_blocks_are_kept(kind):
+    """A block that uses its smallest code (Q4_1: and its largest), as those of llama.cpp do, is found again; any other by its grid."""
+    for seed in range(5):
+        weight, grid = gguf_blocks(kind, torch.Generator().manual_seed(seed))
+        assert unpack(pack(weight, dtype="int4", layout="dense", symmetric=kind == "Q4_0"), *weight.shape).equal(weight)
+        packed = pack(weight, dtype="int4", layout="dense", **grid)
+        assert unpack(packed, *weight.shape).equal(weight)
+        assert pack(weight, dtype="int4", layout="dense", symmetric=kind == "Q4_0").equal(packed)
+        if kind == "Q4_0":
+            assert unpack(pack(weight, dtype="int4", layout="sparse", symmetric=True), *weight.shape).equal(weight)
+        one = weight.unflatten(1, (-1, 32)).median(2, keepdim=True).values.expand(-1, -1, 32).flatten(1)  # a single code in each block
+        assert unpack(pack(one, dtype="int4", layout="dense", **grid), *weight.shape).equal(one)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_int8_rows_keep_their_codes_with_their_scale(layout):
+    """No row needs code 127 where the scale is given."""
+    generator = torch.Generator().manual_seed(0)
+    scale = torch.rand(19, 1, generator=generator) + 0.01
+    weight = torch.randint(-90, 91, (19, 77), generator=generator) * scale
+    assert unpack(pack(weight, dtype="int8", layout=layout, scale=scale), 19, 77).equal(weight)
+    assert not unpack(pack(weight, dtype="int8", layout=layout), 19, 77).equal(weight)
+
+
+@pytest.mark.parametrize("grid", GRIDS, ids=str)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_int4_error_is_at_most_half_a_step(layout, grid):
+    """Against the weights themselves, without any model of how codes are found; with what rounding the grid to float16 adds."""
+    weight = random_weight(37, 300, 0.4, torch.Generator().manual_seed(0))
+    restored = unpack(pack(weight, dtype="int4", layout=layout, **grid), 37, 300)
+    for begin in range(0, 300, grid["group_size"]):
+        part, found = weight[:, begin:][:, : grid["group_size"]], restored[:, begin:][:, : grid["group_size"]]
+        low, high = part.amin(1, keepdim=True), part.amax(1, keepdim=True)
+        if layout == "sparse":
+            low, high = low.clamp(max=0), high.clamp(min=0)
+        largest = torch.maximum(-low, high)
+        if grid["symmetric"]:  # what lies opposite of the largest weight may be one step out of reach
+            step = largest / 8
+            bound = step.expand_as(part).clone()
+            bound[(part.abs() < 7 * step)] = 0
+            bound = torch.maximum(bound, step / 2)
+        else:  # sparse: zero is moved to a code, which moves the ends by half a step
+            step = (high - low) / 15
+            bound = step * (1.0 if layout == "sparse" else 0.5)
+        assert bool(((part - found).abs() <= bound + largest * 2**-10).all())
 
 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
@@ -97,15 +201,19 @@ def test_int8_refuses_what_has_no_code(value, place):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_packing_again_gives_the_same_bytes(dtype):
-    for weight in weights():
+    for weight, grid in schemes(dtype):
         for layout in LAYOUTS:
-            packed = pack(weight, dtype=dtype, layout=layout)
+            packed = pack(weight, dtype=dtype, layout=layout, **grid)
             again = unpack(packed, *weight.shape)
             if not bool(again.isfinite().all()):  # int8: 127 steps of the largest number's scale can round to infinity
                 continue
             if dtype == "int8":  # scales of very small rows are not reproduced to the last bit; what they stand for is
                 again = unpack(pack(again, dtype=dtype, layout=layout), *weight.shape)
                 torch.testing.assert_close(again, unpack(packed, *weight.shape), rtol=3e-7, atol=1e-38)
+            elif dtype == "int4":  # rounding may leave an end of the grid unused; what is there stays within the rounding of the scales
+                again = unpack(pack(again, dtype=dtype, layout=layout, **grid), *weight.shape)
+                step = weight.abs().max() / 8
+                assert bool(((again - unpack(packed, *weight.shape)).abs() <= step).all())
             else:
                 assert pack(again, dtype=dtype, layout=layout).equal(packed)
 
@@ -126,7 +234,8 @@ def test_layouts_stand_for_the_same_weight():
     x = torch.randn(9, 131, generator=generator)
     for dtype in DTYPES:
         weight = random_weight(37, 131, 0.5, generator)
-        dense, sparse = (pack(weight, dtype=dtype, layout=layout) for layout in LAYOUTS)
+        # int4 that is not symmetric has other grids in the two layouts: in the sparse one, zero must be on it
+        dense, sparse = (pack(weight, dtype=dtype, layout=layout, symmetric=dtype == "int4") for layout in LAYOUTS)
         assert unpack(dense, 37, 131).equal(unpack(sparse, 37, 131))
         outputs = [torch.ops.torch_cpu_ext.sparse_linear(x, packed, None, 37) for packed in (dense, sparse)]
         assert outputs[0].equal(outputs[1])

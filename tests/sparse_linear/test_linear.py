@@ -11,7 +11,7 @@ import torch_cpu_ext as tce
 from torch_cpu_ext.core.registry import CATALOGUE
 from torch_cpu_ext.sparse_linear import linear, pack, unpack
 
-from cases import DTYPES, FLOATS, LAYOUTS, product, random_weight
+from cases import DTYPES, FLOATS, GRIDS, LAYOUTS, given_grid, product, random_weight
 from support import TESTS, difference, run_python, succeeded
 
 NAN, INF = float("nan"), float("inf")
@@ -48,7 +48,7 @@ def test_special_weights(isa, dtype, layout):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("kind", FLOATS.values(), ids=FLOATS)
 def test_special_input(isa, dtype, layout, kind):
-    """A zero weight times an infinity is NaN, as in a dense product; rows do not touch each other. int8: the whole row becomes NaN."""
+    """A zero weight times an infinity is NaN, as in a dense product; rows do not touch each other. Codes: the whole row becomes NaN."""
     weight = random_weight(35, 70, 0.5, torch.Generator().manual_seed(0))
     weight[:, 69] = weight[:, 69].abs() + 0.5
     weight[2], weight[5, 69] = 0, 0
@@ -61,7 +61,7 @@ def test_special_input(isa, dtype, layout, kind):
             x[row, 69] = special
             for out in both(isa, x, packed, None, 35):
                 assert out.dtype == kind
-                if dtype == "int8" or special != special:
+                if dtype in ("int8", "int4") or special != special:
                     assert out[row].isnan().all()
                 else:
                     positive = torch.ones(35, dtype=torch.bool)
@@ -73,12 +73,14 @@ def test_special_input(isa, dtype, layout, kind):
             assert out[keep].equal(clean[keep])
 
 
-def test_int8_nan_anywhere(isa):
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", ["int8", "int4"])
+def test_nan_anywhere_in_quantised_input(isa, dtype, layout):
     """Wherever it stands: in the first group, the last, or a tail of one input."""
     for inputs in (1, 31, 32, 33, 64, 65, 129, 257):
-        packed = pack(random_weight(17, inputs, 0.5, torch.Generator().manual_seed(0)), dtype="int8")
+        packed = pack(random_weight(17, inputs, 0.5, torch.Generator().manual_seed(0)), dtype=dtype, layout=layout)
         for place in {0, inputs // 2, inputs - 1}:
-            for m, group in ((1, 32), (6, 64)):
+            for m, group in ((1, 32), (6, 64 if dtype == "int8" else 32)):
                 x = torch.ones(m, inputs)
                 x[m - 1, place] = NAN
                 out = linear(x, packed, torch.ones(17), 17, activation_group=group)
@@ -100,7 +102,7 @@ def test_denormals_and_zeros(isa, dtype):
             x = torch.randn(m, 70)
             x[:, :32] = torch.tensor([1e-40, 0.0] * 16)
             x[:, 32:64] = -0.0
-            exact, bound = product(x, weight, dtype, None, 32)
+            exact, bound = product(x, weight, dtype, None, 32, layout)
             for out in both(isa, x, packed, None, 18):
                 assert difference(out, exact, bound + 1e-36) is None
 
@@ -161,12 +163,56 @@ def test_int8_error_is_that_of_quantisation(isa, group):
     assert difference(out, x.double() @ weight.double().T, bound * 1.001) is None
 
 
-def test_int8_long_rows_do_not_overflow(isa):
+@pytest.mark.parametrize("grid", GRIDS, ids=str)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_int4_error_is_that_of_quantisation(isa, layout, grid):
+    """Against the product of the weights that unpacking gives with unrounded inputs: half a step of each input."""
+    weight, x = random_weight(33, 259, 0.3, torch.Generator().manual_seed(0)), torch.randn(7, 259) * torch.logspace(-3, 3, 7)[:, None]
+    packed = pack(weight, dtype="int4", layout=layout, **grid)
+    restored = unpack(packed, 33, 259).double()
+    padded = torch.nn.functional.pad(x, (0, -259 % 32)).unflatten(1, (-1, 32))
+    x_step = (padded.abs().amax(2, keepdim=True) / 254).expand_as(padded).flatten(1)[:, :259].double()
+    bound = x_step @ restored.abs().T + 1e-5 * (x.double().abs() @ restored.abs().T)
+    for m in (1, 2, 3, 4, 7):
+        assert difference(linear(x[:m], packed, None, 33), x[:m].double() @ restored.T, bound[:m]) is None
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_int4_codes_and_inputs_at_their_ends(isa, layout):
+    """The largest sums there are: 16 bits hold a unit of 32 inputs, no more."""
+    for sign, grid in ((1.0, {"symmetric": False}), (-1.0, {"symmetric": False}), (-1.0, {"symmetric": True})):
+        weight = torch.full((17, 128), sign)
+        weight[:, ::32] = 0  # so that the others have code 15, or 0
+        packed = pack(weight, dtype="int4", layout=layout, **grid)
+        for value in (1.0, -1.0):
+            for m in (1, 2, 3, 4, 5, 8, 16):
+                x = torch.full((m, 128), value)
+                exact, bound = product(x, weight, "int4", None, 32, layout, **grid)
+                assert difference(linear(x, packed, None, 17), exact, bound) is None
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_int4_with_given_grids(isa, layout):
+    """Scales of both signs, minimums far from the weights, zeros at every code."""
+    generator = torch.Generator().manual_seed(0)
+    weight = random_weight(35, 200, 0.5, generator)
+    for grid in GRIDS:
+        values = given_grid(weight, "int4", generator, **grid)
+        packed = pack(weight, dtype="int4", layout=layout, **values)
+        for m in BATCHES:
+            x = torch.randn(m, 200, generator=generator)
+            exact, bound = product(x, weight, "int4", None, 32, layout, **values)
+            for out in both(isa, x, packed, None, 35):
+                assert difference(out, exact, bound) is None
+
+
+@pytest.mark.parametrize("dtype", ["int8", "int4"])
+def test_long_rows_do_not_overflow(isa, dtype):
     """More inputs than 32 bits could sum up at full scale."""
     inputs = 200_000
-    packed = pack(torch.ones(17, inputs), dtype="int8", layout="dense")
+    packed = pack(torch.ones(17, inputs), dtype=dtype, layout="dense")
     for m in (1, 5):
-        out = linear(torch.ones(m, inputs), packed, None, 17, activation_group=64)
+        out = linear(torch.ones(m, inputs), packed, None, 17, activation_group=64 if dtype == "int8" else 32)
         torch.testing.assert_close(out, torch.full((m, 17), float(inputs)), rtol=1e-4, atol=0)
 
 
@@ -179,7 +225,7 @@ def test_wide_and_tall(isa, dtype):
         x = torch.randn(m, inputs, generator=generator)
         for layout in LAYOUTS:
             packed = pack(weight, dtype=dtype, layout=layout)
-            exact, bound = product(x, weight, dtype, None, 32)
+            exact, bound = product(x, weight, dtype, None, 32, layout)
             results = []
             for threads in (1, 2, 3, 5):
                 torch.set_num_threads(threads)
@@ -196,6 +242,7 @@ def test_the_name_of_the_kernel_follows_the_cap(isa):
         "fp32": min(isa, "avx512", key=ladder.index),
         "bf16": min(isa, "avx512_vnni" if intel else "avx512_bf16", key=ladder.index),
         "int8": min(isa, "avx512_vnni", key=ladder.index),
+        "int4": min(isa, "avx512_vnni", key=ladder.index),
     }
     for kernel, name in expected.items():
         found = tce.kernel_isa("sparse_linear", kernel)

@@ -1,4 +1,4 @@
-"""What the compiler makes of the AVX-512 loops: two things it once did behind our back must not come back."""
+"""What the compiler makes of the AVX-512 loops: what it once did behind our back must not come back."""
 
 import platform
 import re
@@ -35,9 +35,22 @@ def functions(request, tmp_path_factory):
 
 def test_streams_prefetch(functions):
     """gcc 12 drops _mm_prefetch where a pragma sets the target; without it streams took 1.6 times as long on Emerald Rapids."""
-    streams = [code for name, code in functions.items() if any(word in name for word in ("::stream<", "run_stream<")) and len(code) > 50]
+    streams = [
+        code
+        for name, code in functions.items()
+        if any(word in name for word in ("::stream<", "run_stream<", "stream_units<")) and len(code) > 50
+    ]
     assert streams, f"no stream among {sorted(functions)}"
     assert all(any(mnemonic == "prefetcht0" for mnemonic, _ in code) for code in streams)
+
+
+def test_int4_products_do_not_divide(functions):
+    """The sum of a group's activations is their offset by -128, an exact multiplication; a division would cost more than the products."""
+    products = [code for name, code in functions.items() if "Int4" in name and "prepare" not in name]
+    if not products:
+        pytest.skip("this file has no int4 kernel")
+    assert any(mnemonic.startswith(("vpdpbusd", "vpmaddubsw")) for code in products for mnemonic, _ in code)
+    assert not [mnemonic for code in products for mnemonic, _ in code if "div" in mnemonic and mnemonic.startswith("v")]
 
 
 def test_expands_do_not_wait_for_each_other(functions):

@@ -13,11 +13,11 @@ from safetensors.torch import save as save_safetensors
 from torch import nn
 
 import torch_cpu_ext as tce
-from torch_cpu_ext.sparse_linear import pack, unpack
+from torch_cpu_ext.sparse_linear import check, pack, unpack
 
 from support import run_python, succeeded
 
-DTYPES = pytest.mark.parametrize("dtype", ["fp32", "bf16", "int8"])
+DTYPES = pytest.mark.parametrize("dtype", ["fp32", "bf16", "int8", "int4"])
 
 
 def layer(dtype="int8", inputs=70, outputs=35, bias=True, kind=torch.float32, **config):
@@ -34,9 +34,10 @@ def same(a, b, x=None):
 
 @DTYPES
 def test_forward_is_the_op(dtype):
-    one = layer(dtype, activation_group=64)
+    group = 32 if dtype == "int4" else 64
+    one = layer(dtype, activation_group=group)
     x = torch.randn(2, 3, 70)
-    assert one(x).equal(torch.ops.torch_cpu_ext.sparse_linear(x, one.packed, one.bias, 35, activation_group=64))
+    assert one(x).equal(torch.ops.torch_cpu_ext.sparse_linear(x, one.packed, one.bias, 35, activation_group=group))
     assert one(x[0, 0]).shape == (35,)
 
 
@@ -99,6 +100,21 @@ def test_load_dense(dtype, kind):
     assert nested[1].packed.equal(one.packed)
 
 
+def test_int4_grids_are_those_of_the_config():
+    linear = nn.Linear(200, 35)
+    for size in (32, 64, 128):
+        for symmetric in (False, True):
+            one = tce.SparseLinear.from_linear(linear, tce.SparseLinearConfig(dtype="int4", group_size=size, symmetric=symmetric))
+            assert one.packed.equal(pack(linear.weight, dtype="int4", group_size=size, symmetric=symmetric))
+            assert check(one.packed).tolist()[6:] == [size, symmetric]
+            dense = tce.SparseLinear(200, 35, dtype="int4", group_size=size, symmetric=symmetric)
+            dense.load_state_dict(linear.state_dict())
+            assert same(one, dense)
+            other = tce.SparseLinear(200, 35, dtype="int4")  # a packed weight says its own
+            other.load_state_dict(one.state_dict())
+            assert same(one, other)
+
+
 def damage(packed):
     packed = packed.clone()
     packed[64] ^= 1
@@ -118,6 +134,7 @@ def damage(packed):
             lambda s: {"weight": torch.zeros(35, 70).double(), "bias": s["bias"]},
             "weight: .*must be float32, bfloat16 or float16, got Double",
         ),
+        (lambda s: s | {"packed": pack(torch.zeros(35, 70), dtype="int4")}, r"must hold .* = \('int8', 35, 70\), got \('int4', 35, 70\)"),
         (lambda s: {"weight": torch.full((35, 70), float("nan")), "bias": s["bias"]}, "weight: .*must be finite"),
         (lambda s: s | {"weight": torch.zeros(35, 70)}, "Unexpected key"),
         (lambda s: {"bias": s["bias"]}, "Missing key.*packed"),
@@ -288,6 +305,21 @@ def test_from_linear_refuses(change, error, message):
         tce.SparseLinear.from_linear(linear)
 
 
+def test_from_linear_refuses_what_float16_scales_cannot_hold():
+    linear = nn.Linear(64, 4)
+    config = tce.SparseLinearConfig(dtype="int4")
+    for value in (65504.0, -65504.0):
+        nn.init.constant_(linear.weight, value)
+        assert tce.SparseLinear.from_linear(linear, config).weight.isfinite().all()
+        with torch.no_grad():
+            linear.weight[2, 40] = value * 1.01
+        with pytest.raises(ValueError, match=r"linear\.weight must be within the range of float16 to be packed as int4, got 66159"):
+            tce.SparseLinear.from_linear(linear, config)
+    nn.init.constant_(linear.weight, float("nan"))
+    with pytest.raises(ValueError, match=r"linear\.weight must be finite to be packed as int4"):
+        tce.SparseLinear.from_linear(linear, config)
+
+
 @pytest.mark.parametrize(("inputs", "outputs"), [(0, 5), (5, 0), (0, 0), (1, 1)])
 @DTYPES
 def test_degenerate_sizes(dtype, inputs, outputs):
@@ -307,7 +339,8 @@ def test_wrong_input():
 
 
 def test_spec_round_trip():
-    for one in (layer(), layer("bf16", bias=False, kind=torch.bfloat16), layer(activation_group=64)):
+    int4 = layer("int4", group_size=64, symmetric=True)
+    for one in (layer(), layer("bf16", bias=False, kind=torch.bfloat16), layer(activation_group=64), int4):
         other = tce.SparseLinear.from_spec(one.spec())
         other.load_state_dict(one.state_dict(), assign=True)
         assert other.spec() == one.spec()

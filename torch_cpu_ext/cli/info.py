@@ -11,14 +11,21 @@ from rich.table import Table
 
 from .. import __version__
 from ..core import env, isa, jit
+from ..sparse_linear import KernelInfo, SparseLinear, SparseLinearConfig, kernel_info
+from ..sparse_linear.ops import DTYPES
 from . import machine
 from .build import state
 from .terminal import print_json, size
 
 
-def info(as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False) -> None:
-    """Show versions, instruction sets, compiler, cache, OpenMP runtimes and the state of each technique; builds nothing."""
+def info(
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+    kernels: Annotated[bool, typer.Option("--kernels", help="Also measure each kernel of sparse_linear; builds it if need be.")] = False,
+) -> None:
+    """Show versions, instruction sets, compiler, cache, OpenMP runtimes and the state of each technique; builds nothing by itself."""
     values = collect()
+    if kernels:
+        values["kernels"] = [measured.to_dict() for measured in _measure()]
     if as_json:
         print_json(values)
         return
@@ -28,6 +35,13 @@ def info(as_json: Annotated[bool, typer.Option("--json", help="Print one JSON ob
     for name, value in _lines(values):
         table.add_row(name, value)
     Console().print(table, markup=False, highlight=False)
+
+
+def _measure() -> list[KernelInfo]:
+    """Each kernel with a weight of 4096 x 4096, half of it zeros."""
+    weight = torch.nn.Linear(4096, 4096, bias=False)
+    configs = [SparseLinearConfig(dtype=dtype, sparsity=0.5) for dtype in DTYPES]
+    return [kernel_info(SparseLinear.from_linear(weight, config)) for config in configs]
 
 
 def collect() -> dict[str, Any]:
@@ -62,6 +76,13 @@ def collect() -> dict[str, Any]:
     }
 
 
+def _speed(kernel: dict[str, Any]) -> str:
+    return (
+        f"{kernel['isa']}, AMX {'used' if kernel['amx'] else 'not used'}; {kernel['gb_per_s']:.1f} GB/s, "
+        f"{kernel['share']:.2f} of a plain read ({kernel['read_gb_per_s']:.1f} GB/s)"
+    )
+
+
 def _lines(values: dict[str, Any]) -> list[tuple[str, str]]:
     cpu, threads, compiler = values["cpu"], values["threads"], values["compiler"]
     found = f"{compiler['version']} ({compiler['path']})" if compiler["path"] else f"{compiler['command']} not found"
@@ -77,6 +98,7 @@ def _lines(values: dict[str, Any]) -> list[tuple[str, str]]:
         ("compiler", found),
         ("cache", f"{values['cache']['path']} ({size(values['cache']['bytes'])})"),
         *values["techniques"].items(),
+        *((one["kernel"], _speed(one)) for one in values.get("kernels", ())),
         *values["environment"].items(),
     ]
     if len(values["openmp"]) > 1:

@@ -12,7 +12,7 @@ from torch.fx.experimental.symbolic_shapes import DimDynamic, StatelessSymbolicC
 
 from ..core.progress import bar
 from ..sparse_linear import SparseLinearConfig
-from ..sparse_linear.ops import FLOATS
+from ..sparse_linear.ops import FLOATS, INT4_LIMIT
 from .packs import Slot
 
 _LOSSLESS = {torch.float32: SparseLinearConfig(dtype="fp32"), torch.bfloat16: SparseLinearConfig(dtype="bf16")}
@@ -40,7 +40,7 @@ def rewrite(
     Args:
         gm: a graph from Dynamo; it stays as it is, since Dynamo goes on using it.
         example_inputs: its inputs; parameters and buffers are real tensors.
-        config: for all layers; None packs those that get smaller without loss.
+        config: for all layers (its `for_head` for the output embedding); None packs those that get smaller without loss.
     Returns:
         A graph with one more input for each packed weight, behind all others; example inputs for it; the slots that provide the new inputs;
         and what became of each linear layer.
@@ -48,10 +48,12 @@ def rewrite(
     inputs = list(example_inputs)
     positions = {node: i for i, node in enumerate(gm.graph.find_nodes(op="placeholder"))}
     layers: dict[fx.Node, Layer] = {}
+    tables = _tables(gm, inputs, positions)
     for node in gm.graph.nodes:
         if node.op == "call_function" and node.target in _LINEAR:
             weight = _arguments(node)["weight"]
-            layers[node] = _inspect(node, weight, inputs[positions[weight]] if weight in positions else None, config)
+            value = inputs[positions[weight]] if weight in positions else None
+            layers[node] = _inspect(node, weight, value, config and (config.for_head() if _is_head(value, tables) else config))
 
     chosen = {node: (layer.weight, layer.config) for node, layer in layers.items() if layer.config is not None}
     if not chosen:
@@ -106,10 +108,23 @@ def _inspect(node: fx.Node, weight: fx.Node, value: Any, config: SparseLinearCon
         layer.config, layer.reason = _lossless(value)
     elif (config.sparsity is not None or config.dtype in ("int8", "int4")) and not bool(value.detach().isfinite().all()):
         layer.reason = "weight has NaN or infinities"
+    elif config.dtype == "int4" and bool((value.detach().abs() > INT4_LIMIT).any()):
+        layer.reason = "weight is beyond the range of float16"
     else:
         tied = len({_name(user) for user in weight.users}) > 1
         layer.config = dataclasses.replace(config, sparsity=None) if tied else config
     return layer
+
+
+def _tables(gm: fx.GraphModule, inputs: Sequence[Any], positions: dict[fx.Node, int]) -> set[torch.Size]:
+    """Shapes of the embedding tables in a graph."""
+    found = [inputs[positions[n]] for e in gm.graph.nodes if e.target in _EMBEDDING for n in e.all_input_nodes if n in positions]
+    return {value.shape for value in found if isinstance(value, Tensor) and value.is_floating_point() and value.dim() == 2}
+
+
+def _is_head(weight: Any, tables: set[torch.Size]) -> bool:
+    """Whether a weight is that of the output embedding: a graph does not say, but its shape is that of the input embedding."""
+    return isinstance(weight, Tensor) and weight.shape in tables
 
 
 def _obstacle(node: fx.Node, weight: Any) -> str:

@@ -111,6 +111,8 @@ def load_checkpoint(model: nn.Module, path: str | os.PathLike[str]) -> nn.Module
         raise
     for name, other in metadata["shared"].items():
         _tie(result, name, other)
+    for kind in {type(module) for module in result.modules() if isinstance(module, Replacement)}:
+        kind.settle(result)
     return result
 
 

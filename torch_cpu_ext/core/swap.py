@@ -90,6 +90,10 @@ class Replacement(nn.Module):
         """A replacement of ``module`` without weights, from what `spec` gave."""
         raise NotImplementedError
 
+    @classmethod
+    def settle(cls, model: nn.Module) -> None:
+        """Called once all replacements of a model have their weights."""
+
 
 @dataclass
 class Row:
@@ -201,13 +205,13 @@ def restore(model: nn.Module) -> nn.Module:
 
 def select(
     model: nn.Module,
-    kind: type[nn.Module],
+    kinds: type[nn.Module] | tuple[type[nn.Module], ...],
     filter_fn: Filter | None,
     include: Names | None,
     exclude: Names | None,
     caller: str = "optimize",
 ) -> dict[str, nn.Module]:
-    """The modules of exactly the class ``kind`` that the user's choice leaves, by name (a shared module under its first name).
+    """The modules of exactly one of the classes ``kinds`` that the user's choice leaves, by name (a shared module under its first name).
 
     Subclasses are left alone: their ``forward`` may do more. Errors are in the name of ``caller``.
 
@@ -217,7 +221,8 @@ def select(
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"{caller}: model must be an nn.Module, got {type(model).__name__}")
-    found = {name: module for name, module in model.named_modules() if type(module) is kind}
+    classes = kinds if isinstance(kinds, tuple) else (kinds,)
+    found = {name: module for name, module in model.named_modules() if type(module) in classes}
     everything = [name for name, _ in model.named_modules()]
     for argument, names in (("include", include), ("exclude", exclude)):
         for one in _patterns(names):

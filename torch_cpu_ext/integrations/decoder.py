@@ -4,18 +4,19 @@
 before.
 """
 
+import math
 from collections.abc import Iterator
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
-from ..core import jit
+from ..core import jit, memory
 from ..core.swap import Replacement, Row, replace
 from ..sparse_linear import SparseLinear
-from ..sparse_linear.decode import BLOCK, MAX_ROWS, PARTS, decode, empty_arena, read_cache, write_cache
+from ..sparse_linear.decode import BLOCK, MAX_ROWS, PARTS, decode, read_cache, write_cache
 
 # Stacks of layers that are norm, attention, norm, gated MLP, each with its residual, and the norms' way with their weight.
 MODELS = ("LlamaModel", "MistralModel", "Qwen2Model", "Qwen3Model", "GemmaModel")
@@ -42,7 +43,7 @@ class Store:
     """Keys and values of all layers of one cache, in the blocks that `decode` reads. Grows by half, so that a token costs no copy."""
 
     def __init__(self, layers: int, heads: int, dim: int) -> None:
-        self.kv = torch.zeros(layers, 2, 0, heads, 0, BLOCK, dim, dtype=torch.bfloat16)
+        self.kv = torch.empty(layers, 2, 0, heads, 0, BLOCK, dim, dtype=torch.bfloat16)
 
     def reserve(self, batch: int, length: int, used: int) -> None:
         """Makes room for ``length`` tokens of ``batch`` rows, of which ``used`` are there."""
@@ -52,7 +53,8 @@ class Store:
         if used and rows != batch:
             raise ValueError(f"the cache holds {rows} rows, got {batch}")
         wanted = -(-length // BLOCK)
-        larger = self.kv.new_zeros(layers, 2, batch, heads, max(wanted + 4, wanted * 3 // 2), BLOCK, dim)
+        shape = (layers, 2, batch, heads, max(wanted + 4, wanted * 3 // 2), BLOCK, dim)
+        larger = memory.zeros(2 * math.prod(shape)).view(torch.bfloat16).view(shape)
         if used:
             larger[:, :, :, :, : -(-used // BLOCK)] = self.kv[:, :, :, :, : -(-used // BLOCK)]
         self.kv = larger
@@ -64,8 +66,6 @@ class Store:
 
 class StoreLayer(DynamicLayer):
     """One layer's part of a `Store`, as transformers sees it. The layers of a cache grow, shrink and are reordered together."""
-
-    _layer_type: ClassVar[str | None] = None
 
     def __init__(self, store: Store, index: int) -> None:
         self.store = store
@@ -81,7 +81,7 @@ class StoreLayer(DynamicLayer):
         return read_cache(kv, self.length)[0, which].to(self.dtype)
 
     @property
-    def keys(self) -> Tensor:  # type: ignore[override]
+    def keys(self) -> Tensor:
         """A copy in plain order, ``(batch, heads, length, head_dim)``."""
         return self._read(0)
 
@@ -90,7 +90,7 @@ class StoreLayer(DynamicLayer):
         assert value is None, "the keys of a fused decoder's cache change by update() only"
 
     @property
-    def values(self) -> Tensor:  # type: ignore[override]
+    def values(self) -> Tensor:
         """Like `keys`."""
         return self._read(1)
 
@@ -195,6 +195,7 @@ class FusedDecoder(Replacement):
         self._checked = False  # whether the arena is known to be that of the layers; looked at again after each call of the original
         self._stamp: list[tuple[Any, int]] = []  # the layers that the arena was made of
         self._arena = torch.empty(0, dtype=torch.uint8)
+        self._vectors = torch.empty(0)
         self._plan = torch.empty(0, dtype=torch.int64)
         self._cos = self._sin = torch.empty(0, 0)
 
@@ -281,7 +282,7 @@ class FusedDecoder(Replacement):
         store.reserve(batch, length + tokens, length)
         attention = self.layers[0].self_attn
         out = decode(
-            *(hidden, self._arena, self._plan, self._cos, self._sin, positions, starts, store.kv, length),
+            *(hidden, self._arena, self._vectors, self._plan, self._cos, self._sin, positions, starts, store.kv, length),
             heads=attention.q_proj.out_features // attention.head_dim,
             inner=self.layers[0].mlp.gate_proj.out_features,
             epsilon=self.config.rms_norm_eps,
@@ -318,8 +319,8 @@ class FusedDecoder(Replacement):
 
     # ------------------------------------------------------------------------------------------------------------------------- the arena
 
-    def _sources(self) -> Iterator[tuple[int, str, Tensor]]:
-        """Layer, part and tensor of all that the arena holds; norms as float32, the way they are multiplied."""
+    def _parts(self) -> Iterator[tuple[int, str, Tensor]]:
+        """Layer, part and tensor of all that decoding needs; norms as float32, the way they are multiplied."""
         centre = int(type(self.norm).__name__ == "GemmaRMSNorm")  # whose weight is the distance from one
         for index, layer in enumerate(self.layers):
             for part, name in _LINEARS.items():
@@ -352,18 +353,23 @@ class FusedDecoder(Replacement):
             return True
         if obstacle(self._original[0]):
             return False
-        entries = list(self._sources())
-        arena, offsets = empty_arena([tensor.numel() * tensor.element_size() for _, _, tensor in entries])
+        packed = [tensor for _, part, tensor in self._parts() if part in _LINEARS]
+        if len({tensor.untyped_storage().data_ptr() for tensor in packed}) > 1:
+            SparseLinear.settle(self)
+            packed = [tensor for _, part, tensor in self._parts() if part in _LINEARS]
+        storage = packed[0].untyped_storage()
+        arena = torch.empty(0, dtype=torch.uint8).set_(storage, 0, (storage.nbytes(),))  # type: ignore[call-overload]
         plan = torch.full((len(self.layers) + 1, len(PARTS)), -1)
-        for (index, part, tensor), offset in zip(entries, offsets, strict=True):
-            place = arena[offset : offset + tensor.numel() * tensor.element_size()]
-            place.copy_(tensor.reshape(-1).view(torch.uint8))
-            plan[index, PARTS.index(part)] = offset
-            if part in _LINEARS:  # the arena holds the packed weights from now on, and the layers a view of them
-                self.layers[index].get_submodule(_LINEARS[part]).packed = place
+        vectors: list[Tensor] = []
+        for index, part, tensor in self._parts():
+            if part in _LINEARS:
+                plan[index, PARTS.index(part)] = int(tensor.storage_offset())
+            else:
+                plan[index, PARTS.index(part)] = sum(vector.numel() for vector in vectors)
+                vectors.append(tensor)
         for index, layer in enumerate(self.layers):
             plan[index, PARTS.index("window")] = _window(layer, self.config) or -1
-        self._arena, self._plan = arena, plan
+        self._arena, self._vectors, self._plan = arena, torch.cat(vectors), plan
         self._stamp = self._fingerprint()
         return True
 

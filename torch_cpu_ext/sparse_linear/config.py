@@ -23,8 +23,8 @@ class SparseLinearConfig(Config):
         layout: ``"sparse"``, ``"dense"``, or ``"auto"``, which takes what needs fewer bytes, for each layer.
         group_size: inputs that share a scale in int4 weights, 32, 64 or 128.
         symmetric: whether the grid of int4 weights is centred on zero. False costs up to 2 bytes more a group and is far more accurate.
-        head_dtype: `dtype` of the output embedding (``lm_head``), which a model's ``get_output_embeddings`` names; None: int8 where
-            ``dtype`` is int4, which would cost accuracy there, else ``dtype``.
+        head_dtype: `dtype` of the output embedding (``lm_head``), which ``get_output_embeddings`` of the model or of a part
+            of it names; None: int8 where ``dtype`` is int4, which would cost accuracy there, else ``dtype``.
         activation_group: inputs that share a scale when layers quantise their activations, 32 or 64; 32 for int4 weights.
         fuse: run the layers of a transformers model that are Llama-shaped in one op where a call has few tokens (decoding).
         keep_original: keep the dense weights, so that `restore` gives them back exactly whatever was rounded or pruned; costs their memory.

@@ -3,8 +3,6 @@
 The layout of the cache is described in ``kernels/sparse_linear/decode.h``.
 """
 
-from itertools import accumulate
-
 import torch
 from torch import Tensor
 
@@ -53,6 +51,7 @@ def write_cache(kv: Tensor, start: int, states: Tensor) -> None:
 def decode(
     hidden: Tensor,
     arena: Tensor,
+    vectors: Tensor,
     plan: Tensor,
     cos: Tensor,
     sin: Tensor,
@@ -75,10 +74,11 @@ def decode(
 
     Args:
         hidden: the new tokens, ``(batch, tokens, hidden_size)``, float32, bfloat16 or float16; ``batch * tokens`` from 1 to 8.
-        arena: 1-D uint8: all packed weights (as `pack` makes them, each at a multiple of 64), norms and biases (float32).
-        plan: int64 ``(layers + 1, 19)``: the offset in ``arena`` of each of `PARTS`, -1 where a layer has none; in the last column the
-            tokens that a query sees, itself included (a sliding window), -1 for all. The last line has the final norm and the packed
-            output embedding in its first two columns, -1 to leave them out.
+        arena: 1-D uint8: all packed weights, as `pack` makes them.
+        vectors: 1-D float32: all norms and biases.
+        plan: int64 ``(layers + 1, 19)``: where each of `PARTS` begins in ``arena`` (bytes) or ``vectors`` (elements), -1 where a layer has
+            none; in the last column the tokens that a query sees, itself included (a sliding window), -1 for all. The last line has the
+            final norm and the packed output embedding in its first two columns, -1 to leave them out.
         cos: float32 ``(positions, head_dim / 2)``, of the rotary embedding.
         sin: likewise.
         positions: int64 ``(batch, tokens)``, lines of ``cos`` and ``sin``.
@@ -98,17 +98,27 @@ def decode(
         RuntimeError: a dtype, shape or offset does not fit, or a packed weight is damaged.
     """
     return torch.ops.torch_cpu_ext.sparse_linear_decode(
-        *(hidden, arena, plan, cos, sin, positions, starts, kv, length),
+        *(hidden, arena, vectors, plan, cos, sin, positions, starts, kv, length),
         **{"heads": heads, "inner": inner, "epsilon": epsilon, "scale": scale, "activation": activation, "vocabulary": vocabulary},
     )
 
 
 def _check(
-    hidden: Tensor, arena: Tensor, plan: Tensor, cos: Tensor, sin: Tensor, positions: Tensor, starts: Tensor | None, kv: Tensor, length: int
+    hidden: Tensor,
+    arena: Tensor,
+    vectors: Tensor,
+    plan: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    positions: Tensor,
+    starts: Tensor | None,
+    kv: Tensor,
+    length: int,
 ) -> None:
     _check_float(_OP, "hidden", hidden)
     torch._check(hidden.dim() == 3, lambda: f"{_OP}: hidden must be 3-D (batch, tokens, hidden size), got {hidden.dim()}-D")
     torch._check(arena.dim() == 1 and arena.dtype == torch.uint8, lambda: f"{_OP}: arena must be a contiguous 1-D uint8 CPU tensor")
+    torch._check(vectors.dim() == 1 and vectors.dtype == torch.float32, lambda: f"{_OP}: vectors must be contiguous 1-D float32")
     torch._check(plan.dim() == 2 and plan.shape[1] == len(PARTS), lambda: f"{_OP}: plan must be (layers + 1, {len(PARTS)})")
     torch._check(kv.dim() == 7 and kv.dtype == torch.bfloat16, lambda: f"{_OP}: kv must be contiguous bfloat16 of 7 dimensions")
 
@@ -116,6 +126,7 @@ def _check(
 def _decode_fake(
     hidden: Tensor,
     arena: Tensor,
+    vectors: Tensor,
     plan: Tensor,
     cos: Tensor,
     sin: Tensor,
@@ -131,13 +142,14 @@ def _decode_fake(
     activation: str = "silu",
     vocabulary: int = 0,
 ) -> Tensor:
-    _check(hidden, arena, plan, cos, sin, positions, starts, kv, length)
+    _check(hidden, arena, vectors, plan, cos, sin, positions, starts, kv, length)
     return hidden.new_empty((*hidden.shape[:2], vocabulary or hidden.shape[2]))
 
 
 def _decode_reference(
     hidden: Tensor,
     arena: Tensor,
+    vectors: Tensor,
     plan: Tensor,
     cos: Tensor,
     sin: Tensor,
@@ -153,13 +165,13 @@ def _decode_reference(
     activation: str = "silu",
     vocabulary: int = 0,
 ) -> Tensor:
-    _check(hidden, arena, plan, cos, sin, positions, starts, kv, length)
+    _check(hidden, arena, vectors, plan, cos, sin, positions, starts, kv, length)
     batch, tokens, width = hidden.shape
     kv_heads, dim = kv.shape[3], kv.shape[6]
     offsets = [dict(zip(PARTS, line, strict=True)) for line in plan.tolist()]
 
     def floats(at: int, n: int) -> Tensor | None:
-        return None if at < 0 else arena[at : at + 4 * n].clone().view(torch.float32)
+        return None if at < 0 else vectors[at : at + n]
 
     def linear(x: Tensor, at: int, outputs: int, bias: int = -1) -> Tensor:
         size = int(arena[at + 40 : at + 48].clone().view(torch.int64))
@@ -203,18 +215,8 @@ def _decode_reference(
 
 
 define(
-    f"{_OP}(Tensor hidden, Tensor arena, Tensor plan, Tensor cos, Tensor sin, Tensor positions, Tensor? starts, Tensor(a!) kv, int length, "
-    '*, int heads, int inner, float epsilon, float scale, str activation="silu", int vocabulary=0) -> Tensor',
+    f"{_OP}(Tensor hidden, Tensor arena, Tensor vectors, Tensor plan, Tensor cos, Tensor sin, Tensor positions, Tensor? starts, "
+    'Tensor(a!) kv, int length, *, int heads, int inner, float epsilon, float scale, str activation="silu", int vocabulary=0) -> Tensor',
     fake=_decode_fake,
     reference=_decode_reference,
 )
-
-
-def empty_arena(sizes: list[int]) -> tuple[Tensor, list[int]]:
-    """An array for parts of these many bytes, each at a multiple of 64.
-
-    Returns:
-        The array (uint8, not initialised), and where each part begins.
-    """
-    ends = list(accumulate((-(-size // 64) * 64 for size in sizes), initial=0))
-    return torch.empty(ends[-1], dtype=torch.uint8), ends[:-1]

@@ -1,12 +1,13 @@
 """`SparseLinear`, the drop-in for ``nn.Linear``."""
 
 from collections.abc import Callable
+from itertools import accumulate
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
-from ..core import jit
+from ..core import jit, memory
 from ..core.swap import Replacement, Row, tensor_bytes
 from . import ops
 from .config import SparseLinearConfig
@@ -76,7 +77,8 @@ class SparseLinear(Replacement):
             config: None for the default.
             tied: the weight belongs to another module too: it is not pruned, and `to_linear` gives back the very same parameter.
         Raises:
-            ValueError: the weight is on another device than the CPU, or has NaN or infinities where pruning or codes need numbers.
+            ValueError: the weight is on another device than the CPU, or has NaN or infinities where pruning or codes need
+                numbers, or for int4 values beyond float16.
             TypeError: the weight is not float32, bfloat16 or float16.
         """
         config = config or SparseLinearConfig()
@@ -88,6 +90,10 @@ class SparseLinear(Replacement):
         dense = weight.detach()
         if config.dtype in ("int8", "int4") and not bool(dense.isfinite().all()):
             raise ValueError(f"from_linear: linear.weight must be finite to be packed as {config.dtype}, got NaN or an infinity")
+        if config.dtype == "int4" and bool((dense.abs() > ops.INT4_LIMIT).any()):
+            raise ValueError(
+                f"from_linear: linear.weight must be within the range of float16 to be packed as int4, got {dense.abs().max():g}"
+            )
         if config.sparsity is not None and not tied:
             dense = dense * magnitude_mask(dense, config.sparsity, config.granularity, config.pattern)
         group_size, symmetric = config.group_size, config.symmetric
@@ -183,6 +189,16 @@ class SparseLinear(Replacement):
         result = cls(**arguments, device="meta")
         result.weight_dtype = weight_dtype
         return result
+
+    @classmethod
+    def settle(cls, model: nn.Module) -> None:
+        """Moves the packed weights of a model into one array in huge pages, of which the layers keep views; one layer at a time."""
+        layers = [module for module in model.modules() if isinstance(module, SparseLinear) and module._has_weights()]
+        ends = list(accumulate((-(-layer.packed.numel() // 64) * 64 for layer in layers), initial=0))
+        arena = memory.zeros(ends[-1])
+        for layer, start in zip(layers, ends, strict=False):
+            place = arena[start : start + layer.packed.numel()]
+            layer.packed = place.copy_(layer.packed)
 
     def extra_repr(self) -> str:
         return (

@@ -15,6 +15,7 @@ from ..core.registry import define
 DTYPES = ("fp32", "bf16", "int8", "int4")
 GROUP_SIZES = (32, 64, 128)
 LAYOUTS = ("dense", "sparse")
+INT4_LIMIT = 65504.0  # magnitude up to which every weight has float16 scales and minimums
 FLOATS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 _MAGIC, _VERSION = 0x4C505345435401, 1
@@ -169,6 +170,9 @@ def _pack_reference(
 ) -> Tensor:
     _check_pack(weight, dtype, layout, group_size, symmetric, scale, minimum)
     outputs, inputs = weight.shape
+    for name, grid in (("scale", scale), ("minimum", minimum)):
+        finite = grid is None or bool(grid.isfinite().all())
+        torch._check(finite, lambda name=name: f"sparse_linear_pack: {name} must be finite, got NaN or an infinity")
     if dtype in ("int8", "int4"):
         what = "finite and within the range of fp16 scales" if dtype == "int4" else "finite"
         found = "other values" if dtype == "int4" else "NaN or an infinity"
