@@ -91,16 +91,12 @@ def packed_bytes(layers: list[nn.Module], dtype: str) -> int:
 
 
 def cases(quick: bool) -> Iterator[tuple[str, float, str, str]]:
-    """(method, sparsity, dtype, rounding), the most telling ones first."""
+    """(method, sparsity, dtype, rounding), the most telling ones first; SparseGPT rounds in its pass, the others to nearest."""
     if quick:
-        yield from [("none", 0.0, "bf16", "nearest"), ("magnitude", 0.5, "bf16", "nearest")]
+        yield from [("magnitude", 0.0, "bf16", "nearest"), ("magnitude", 0.5, "bf16", "nearest")]
         return
-    yield from [
-        ("none", 0.0, "bf16", "nearest"),
-        ("none", 0.0, "int8", "nearest"),
-        ("none", 0.0, "int4", "nearest"),
-        ("none", 0.0, "int4", "gptq"),
-    ]
+    for dtype in DTYPES:
+        yield "magnitude", 0.0, dtype, "nearest"
     for sparsity in sorted(SPARSITIES, key=lambda s: abs(s - 0.5)):
         for dtype in DTYPES:
             for method in METHODS:
@@ -112,7 +108,7 @@ def measure(method: str, sparsity: float, dtype: str, rounding: str, calibration
     model = smollm2.load_model("fp32")
     config = PruneConfig(
         sparsity=sparsity,
-        method="magnitude" if method == "none" else method,
+        method=method,
         quantize=None if dtype == "bf16" else dtype,
         quantize_method=rounding,
     )
@@ -132,7 +128,7 @@ def measure(method: str, sparsity: float, dtype: str, rounding: str, calibration
         **values,
         "megabytes": round(packed_bytes(layers, dtype) / 1e6, 2),
         "config": {
-            "method": f"{method}, gptq" if method == "none" and rounding == "gptq" else method,
+            "method": method,
             "sparsity": sparsity,
             "dtype": dtype,
             "rounding": rounding,

@@ -1,6 +1,7 @@
 """prune on whole models: which layers, in which order, with which inputs; interruptions."""
 
 import copy
+import json
 import re
 
 import pytest
@@ -9,6 +10,8 @@ from torch import nn
 
 import torch_cpu_ext as tce
 from torch_cpu_ext.sparse_linear import blocks, obs, pruner, unpack
+
+from support import ROOT
 
 VOCABULARY = 64
 
@@ -530,3 +533,15 @@ def test_optimize_knows_patterns(pattern):
             tce.SparseLinearConfig(sparsity=sparsity, pattern=pattern)
     with pytest.raises(ValueError, match="SparseLinearConfig: pattern must be unstructured or n:m"):
         tce.SparseLinearConfig(sparsity=0.5, pattern="4:2")
+
+
+@pytest.mark.parametrize("file", sorted((ROOT / "benchmarks" / "results").glob("pruning-*.json")), ids=lambda file: file.stem)
+def test_measured_methods_rank(file):
+    """What the manual says of a real model: SparseGPT beats Wanda, Wanda beats magnitude."""
+    rows = {(row["config"]["dtype"], row["config"]["sparsity"], row["config"]["method"]): row for row in json.loads(file.read_text())}
+    assert {("bf16", 0.5, method) for method in ("magnitude", "wanda", "sparsegpt")} <= rows.keys()
+    for (dtype, sparsity, method), row in rows.items():
+        better = {"magnitude": "wanda", "wanda": "sparsegpt"}.get(method)
+        if sparsity == 0.5 and (dtype, sparsity, better) in rows:
+            for text in ("python docs", "prose"):
+                assert rows[dtype, sparsity, better][text] < row[text]

@@ -59,8 +59,8 @@ def surgery(
     """Prunes and rounds a weight column by column; each column's error is made up for by the columns after it.
 
     Follows SparseGPT (arXiv:2301.00774, section 3, algorithm 1) with GPTQ's rounding in the same pass (its section 3.5). It departs in
-    two places: scales of int4 groups are chosen from weights that have all changes so far, and the share pruned adds up to ``sparsity``
-    exactly over the blocks.
+    two places: scales of int4 groups are chosen from weights that have all changes so far, by the price of errors in each column, and the
+    share pruned adds up to ``sparsity`` exactly over the blocks.
 
     Args:
         weight: ``(out_features, in_features)``, any float dtype; stays as it is.
@@ -97,7 +97,8 @@ def surgery(
                 kept[j : j + m] = keep((block[j : j + m] / diagonal[j : j + m]).abs().T, m - n).T
             if quantize == "int4" and j % group_size == 0:
                 group = (block[j : j + group_size] * kept[j : j + group_size]).T[:, None]
-                chosen.append(int4_steps(group, None, symmetric=symmetric, zero_point=zero_point))
+                price = diagonal[j : j + group_size].T.square().reciprocal()  # of an error in each column
+                chosen.append(int4_steps(group, price, symmetric=symmetric, zero_point=zero_point))
                 steps = chosen[-1]
             new = block[j] * kept[j]
             if steps is not None:
