@@ -936,6 +936,181 @@ def _attend_samples() -> list[Sample]:
     for shape in ((0, 2, 1, 32), (2, 1, 0, 32)):
         samples.append(attend_sample(shape, 2, 1, 1, (0.3, 0.5), (0, 1, 1), torch.float32, next(seeds)))
     samples.append(attend_sample((1, 1, 2, 32), 2, 0, 0, (0.3, 0.5), (0, 0, 0), torch.float32, next(seeds)))
+# The fused decoder. An independent model in float64: codes of weights and activations as above, keys and values rounded to bfloat16.
+
+PLAN = (  # columns, as kernels/sparse_linear/binding_decode.cpp has them
+    *("input_norm", "q", "k", "v", "o", "post_norm", "gate", "up", "down", "q_norm", "k_norm"),
+    *("q_bias", "k_bias", "v_bias", "o_bias", "gate_bias", "up_bias", "down_bias", "window"),
+)
+# A sum that is off by its last bit can round to the next code or the next bfloat16, and that error is carried through the rest: the bound
+# is this share of the largest magnitude of a row. Rarely is there one at all; test_decode.py says how rarely.
+DECODE_BOUND = 0.02
+
+
+def in_blocks(plain: Tensor, blocks: int, generator: torch.Generator) -> Tensor:
+    """A cache of plain keys and values, ``(layers, 2, batch, heads, tokens, dim)``, with other numbers where there are no tokens."""
+    *lead, tokens, dim = plain.shape
+    kv = torch.randn(*lead, blocks, 16, dim, generator=generator).bfloat16()
+    flat = kv.view(*lead, blocks, 16 * dim)
+    for t, d in itertools.product(range(tokens), range(dim)):
+        flat[:, 0, :, :, t // 16, d // 2 * 32 + t % 16 * 2 + d % 2] = plain[:, 0, :, :, t, d]
+        flat[:, 1, :, :, t // 16, t % 16 // 2 * 2 * dim + d * 2 + t % 2] = plain[:, 1, :, :, t, d]
+    return kv
+
+
+def decode_sample(
+    layers: int = 2,
+    hidden: int = 64,
+    heads: int = 4,
+    kv_heads: int = 2,
+    dim: int = 16,
+    inner: int = 96,
+    dtype: str = "int8",
+    layout: str = "dense",
+    kind: torch.dtype = torch.float32,
+    bias: bool = False,
+    qk_norm: bool = False,
+    windows: tuple[int, ...] = (-1,),
+    batch: int = 1,
+    tokens: int = 1,
+    length: int = 0,
+    starts: tuple[int, ...] | None = None,
+    vocabulary: int = 0,
+    activation: str = "silu",
+    final_norm: bool = True,
+) -> Sample:
+    name = ", ".join(f"{key}={value}" for key, value in locals().items())
+    generator = torch.Generator().manual_seed(length * 64 + batch * 8 + tokens)
+    dtypes = itertools.cycle(DTYPES if dtype == "mixed" else [dtype])
+    weights: dict[tuple[int, str], tuple[Tensor, str]] = {}  # dense weights and their dtypes
+    vectors: dict[tuple[int, str], Tensor] = {}
+    plan = torch.full((layers + 1, len(PLAN)), -1)
+    arena, floats = b"", torch.empty(0)
+
+    def add_weight(layer: int, part: str, outputs: int, inputs: int) -> None:
+        nonlocal arena
+        weight, stored_as = random_weight(outputs, inputs, 0.3, generator) / inputs**0.5, next(dtypes)
+        weights[layer, part] = weight, stored_as
+        plan[layer, PLAN.index(part if layer < layers else "q")] = len(arena)
+        arena += torch.ops.torch_cpu_ext.sparse_linear_pack(weight, dtype=stored_as, layout=layout).numpy().tobytes()
+
+    def add_vector(layer: int, part: str, values: Tensor) -> None:
+        nonlocal floats
+        vectors[layer, part] = values
+        plan[layer, PLAN.index(part)] = len(floats)
+        floats = torch.cat([floats, values])
+
+    sizes = {
+        **{"q": (heads * dim, hidden), "k": (kv_heads * dim, hidden), "v": (kv_heads * dim, hidden), "o": (hidden, heads * dim)},
+        **{"gate": (inner, hidden), "up": (inner, hidden), "down": (hidden, inner)},
+    }
+    for layer in range(layers):
+        for part in ("input_norm", "post_norm"):
+            add_vector(layer, part, torch.rand(hidden, generator=generator) + 0.5)
+        for part in ("q_norm", "k_norm") if qk_norm else ():
+            add_vector(layer, part, torch.rand(dim, generator=generator) + 0.5)
+        for part, (outputs, inputs) in sizes.items():
+            add_weight(layer, part, outputs, inputs)
+            if bias:
+                add_vector(layer, f"{part}_bias", torch.randn(outputs, generator=generator))
+        plan[layer, PLAN.index("window")] = windows[layer % len(windows)]
+    if final_norm:
+        add_vector(layers, "input_norm", torch.rand(hidden, generator=generator) + 0.5)
+    if vocabulary:
+        add_weight(layers, "head", vocabulary, hidden)
+
+    angles = torch.randn(300, dim // 2, generator=generator)
+    before = torch.randn(layers, 2, batch, kv_heads, length, dim, generator=generator).bfloat16()
+    args: Args = {
+        "hidden": torch.randn(batch, tokens, hidden, generator=generator).to(kind),
+        "arena": torch.frombuffer(bytearray(arena), dtype=torch.uint8),
+        "vectors": floats,
+        "plan": plan,
+        "cos": angles.cos(),
+        "sin": angles.sin(),
+        "positions": torch.randint(300, (batch, tokens), generator=generator),
+        "starts": None if starts is None else torch.tensor(starts),
+        "kv": in_blocks(before, (length + tokens) // 16 + 2, generator),
+        "length": length,
+        "heads": heads,
+        "inner": inner,
+        "epsilon": 1e-5,
+        "scale": dim**-0.5,
+        "activation": activation,
+        "vocabulary": vocabulary,
+    }
+    hidden_states = args["hidden"]
+
+    def linear(x: np.ndarray, layer: int, part: str) -> np.ndarray:
+        weight, stored_as = weights[layer, part]
+        vector = vectors.get((layer, f"{part}_bias"))
+        return product(torch.from_numpy(x).float(), weight, stored_as, vector, 32, layout, group_size=32, symmetric=False)[0].numpy()
+
+    def norm(x: np.ndarray, layer: int, part: str) -> np.ndarray:
+        if (layer, part) not in vectors:
+            return x
+        return x / np.sqrt((x**2).mean(-1, keepdims=True) + 1e-5) * vectors[layer, part].double().numpy()
+
+    def expected() -> tuple[Tensor, Tensor]:
+        x = hidden_states.double().numpy()
+        for layer in range(layers):
+            y = norm(x, layer, "input_norm")
+            q, k, v = (linear(y, layer, part).reshape(batch, tokens, -1, dim) for part in "qkv")
+            q, k = norm(q, layer, "q_norm"), norm(k, layer, "k_norm")
+            attended = np.zeros(q.shape)
+            for b, t in itertools.product(range(batch), range(tokens)):
+                turn = np.exp(1j * np.arctan2(numpy32(args["sin"]), numpy32(args["cos"])).astype(np.float64)[int(args["positions"][b, t])])
+                for states in (q, k):
+                    pairs = (states[b, t, :, : dim // 2] + 1j * states[b, t, :, dim // 2 :]) * turn
+                    states[b, t] = np.concatenate([pairs.real, pairs.imag], -1)
+            for b, t, h in itertools.product(range(batch), range(tokens), range(heads)):
+                shared = h // (heads // kv_heads)
+                keys, values = (
+                    np.concatenate([before[layer, i, b, shared].double().numpy(), round_bf16(new[b, : t + 1, shared].astype(np.float32))])
+                    for i, new in enumerate((k, v))
+                )
+                window = windows[layer % len(windows)]
+                first = max(starts[b] if starts else 0, len(keys) - window if window > 0 else 0)
+                scores = keys[first:] @ q[b, t, h] * dim**-0.5
+                probabilities = np.exp(scores - scores.max())
+                attended[b, t, h] = probabilities @ values[first:] / probabilities.sum()
+            x = x + linear(attended.reshape(batch, tokens, -1), layer, "o")
+            y = norm(x, layer, "post_norm")
+            gate, up = linear(y, layer, "gate"), linear(y, layer, "up")
+            u = gate if activation == "silu" else 2 * (2 / np.pi) ** 0.5 * (gate + 0.044715 * gate**3)
+            x = x + linear(gate / (1 + np.exp(-u)) * up, layer, "down")
+        x = norm(x, layers, "input_norm")
+        result = torch.from_numpy(linear(x, layers, "head") if vocabulary else x)
+        bound = DECODE_BOUND * result.abs().amax(-1, keepdim=True).expand_as(result) + _UNIT[kind] * result.abs()
+        return result, bound
+
+    return Sample(name, args, functools.cache(expected))
+
+
+@functools.cache
+def _decode_samples() -> list[Sample]:
+    samples = []
+    shapes = itertools.cycle(
+        [
+            {},
+            {"batch": 2, "tokens": 3, "bias": True},
+            {"tokens": 8, "windows": (7, -1)},
+            {"batch": 8, "heads": 6, "kv_heads": 1, "qk_norm": True},
+            {"batch": 2, "tokens": 2, "heads": 4, "kv_heads": 4, "vocabulary": 50},
+            {"tokens": 5, "heads": 3, "kv_heads": 1, "dim": 80, "activation": "gelu_tanh", "vocabulary": 17},
+            {"batch": 3, "dim": 64, "hidden": 70, "inner": 101, "windows": (16, 100), "kind": torch.bfloat16},
+            {"tokens": 2, "heads": 8, "kv_heads": 2, "layers": 3, "kind": torch.float16, "final_norm": False, "vocabulary": 33},
+            {"batch": 4, "hidden": 33, "inner": 17, "bias": True, "qk_norm": True, "final_norm": False},
+        ]
+    )
+    starts = itertools.cycle([False, True, False, False, True])
+    for dtype, length in itertools.product((*DTYPES, "mixed"), (0, 1, 15, 16, 17, 31, 127, 128, 129, 255, 257)):
+        shape = next(shapes)
+        batch = shape.get("batch", 1)
+        padding = tuple((0, length, length // 2, min(length, 16), min(length, 130))[b % 5] for b in range(batch)) if next(starts) else None
+        layout = LAYOUTS[len(samples) % 2]
+        samples.append(decode_sample(dtype=dtype, layout=layout, length=length, starts=padding, **shape))
+    samples.append(decode_sample(layers=0, vocabulary=40))
     return samples
 
 
@@ -1010,8 +1185,138 @@ _ATTEND = Case(
                 traced=False,
             )
             for argument, value in itertools.product(("k_pages", "v_pages"), (0, 255))
+def _few_decode() -> list[Sample]:
+    return [
+        decode_sample(batch=2, tokens=3, length=20, starts=(0, 5), vocabulary=50, bias=True),
+        decode_sample(dtype="fp32", layout="sparse", length=130, windows=(20,), activation="gelu_tanh", kind=torch.bfloat16),
+        decode_sample(dtype="int4", batch=2, length=3, qk_norm=True, heads=3, kv_heads=1),
+        decode_sample(dtype="bf16", tokens=4, kind=torch.float16),
+    ]
+
+
+def in_plan(layer: int, part: str, value: int) -> Callable[[Args], Args]:
+    """Spoils one entry of the plan."""
+
+    def spoil(args: Args) -> Args:
+        plan = args["plan"].clone()
+        plan[layer, PLAN.index(part)] = value
+        return args | {"plan": plan}
+
+    return spoil
+
+
+def in_arena(format: str, offset: int, value: int) -> Callable[[Args], Args]:
+    """Overwrites a number in the packed weight of the first layer's keys."""
+    return lambda args: args | {"arena": patched(format, int(args["plan"][0, PLAN.index("k")]) + offset, value)(args["arena"])}
+
+
+_DECODE = Case(
+    op="sparse_linear_decode",
+    samples=_decode_samples,
+    few=_few_decode,
+    mutates=("kv",),
+    bad=[
+        *_wrong_types("sparse_linear_decode", "hidden"),
+        *(
+            Bad(f"sparse_linear_decode: {message}", spoil)
+            for message, spoil in (
+                ("hidden must be 3-D (batch, tokens, hidden size), got 2-D", replaced(hidden=lambda h: h[0])),
+                ("hidden must have 1 to 8 rows (batch times tokens), got 10", replaced(hidden=torch.ones(2, 5, 64))),
+                ("hidden must have 1 to 8 rows (batch times tokens), got 0", replaced(hidden=lambda h: h[:, :0])),
+                ("arena must be a contiguous 1-D uint8 CPU tensor, got 2-D Byte", replaced(arena=lambda a: a[None])),
+                ("arena must be a contiguous 1-D uint8 CPU tensor, got 1-D Char", replaced(arena=lambda a: a.view(torch.int8))),
+                ("arena must be a contiguous 1-D uint8 CPU tensor, got 1-D Byte", replaced(arena=lambda a: a[::2])),
+                ("vectors must be contiguous 1-D float32, got 1-D Double", replaced(vectors=lambda v: v.double())),
+                ("vectors must be contiguous 1-D float32, got 2-D Float", replaced(vectors=lambda v: v[None])),
+                ("vectors must be contiguous 1-D float32, got 1-D Float", replaced(vectors=lambda v: v[::2])),
+                ("plan must be (layers + 1, 19), got 1-D with 57 elements", replaced(plan=lambda p: p.view(-1))),
+                ("plan must be (layers + 1, 19), got 2-D with 54 elements", replaced(plan=lambda p: p[:, :-1].contiguous())),
+                ("plan must be (layers + 1, 19), got 2-D with 0 elements", replaced(plan=lambda p: p[:0])),
+                ("plan must be contiguous int64 with 57 elements, got Int with 57", replaced(plan=lambda p: p.int())),
+                ("plan must be contiguous int64 with 57 elements, got Long with 57", replaced(plan=lambda p: p.T.contiguous().T)),
+                *(
+                    ("kv must be contiguous bfloat16 (2, 2, 2, key-value heads, blocks, 16, head size), got " + given, replaced(kv=spoil))
+                    for given, spoil in (
+                        ("7-D Float with 12288 elements", lambda kv: kv.float()),
+                        ("6-D BFloat16 with 6144 elements", lambda kv: kv[0]),
+                        ("7-D BFloat16 with 6144 elements", lambda kv: kv[:1]),
+                        ("7-D BFloat16 with 6144 elements", lambda kv: kv[:, :1].contiguous()),
+                        ("7-D BFloat16 with 6144 elements", lambda kv: kv[:, :, :1].contiguous()),
+                        ("7-D BFloat16 with 12288 elements", lambda kv: kv.transpose(5, 6)),
+                        ("7-D BFloat16 with 12288 elements", lambda kv: kv.view(2, 2, 2, 2, 6, 8, 16)),
+                    )
+                ),
+                ("kv must have a head size that is a multiple of 16, got 8", replaced(kv=lambda kv: kv[..., :8].contiguous())),
+                ("kv must have a head size that is a multiple of 16, got 0", replaced(kv=lambda kv: kv[..., :0].contiguous())),
+                *(
+                    (f"heads must be a multiple of the 2 key-value heads, for which the arena has weights, got {n}", replaced(heads=n))
+                    for n in (0, 3, -2, 1 << 20, 1 << 60)
+                ),
+                (
+                    "heads must be a multiple of the 0 key-value heads, for which the arena has weights, got 4",
+                    replaced(kv=lambda kv: kv[:, :, :, :0].contiguous()),
+                ),
+                *(
+                    (f"inner must be the width of the MLP, for which the arena has weights, got {n}", replaced(inner=n))
+                    for n in (0, -1, 1 << 30, 1 << 62)
+                ),
+                *(
+                    (f"length must be 0 to 45 (tokens that kv holds, less the new ones), got {n}", replaced(length=n))
+                    for n in (-1, 46, 1 << 62)
+                ),
+                ("positions must be contiguous int64 with 6 elements, got Int with 6", replaced(positions=lambda p: p.int())),
+                ("positions must be contiguous int64 with 6 elements, got Long with 3", replaced(positions=lambda p: p[0])),
+                ("positions must be contiguous int64 with 6 elements, got Long with 6", replaced(positions=lambda p: p.T.contiguous().T)),
+                ("cos must be contiguous float32 (positions, 8), got 2-D Double", replaced(cos=lambda c: c.double())),
+                ("cos must be contiguous float32 (positions, 8), got 2-D Float", replaced(cos=lambda c: c[:, :7].contiguous())),
+                ("cos must be contiguous float32 (positions, 8), got 2-D Float", replaced(cos=lambda c: c[::2])),
+                ("cos must be contiguous float32 (positions, 8), got 1-D Float", replaced(cos=lambda c: c[0])),
+                ("sin must be of the shape and dtype of cos, got 2-D Half", replaced(sin=lambda s: s.half())),
+                ("sin must be of the shape and dtype of cos, got 2-D Float", replaced(sin=lambda s: s[1:])),
+                ("sin must be of the shape and dtype of cos, got 1-D Float", replaced(sin=lambda s: s[0])),
+                ("sin must be of the shape and dtype of cos, got 2-D Float", replaced(sin=lambda s: s.T.contiguous().T)),
+                ("starts must be contiguous int64 with 2 elements, got Long with 1", replaced(starts=lambda s: s[:1])),
+                ("starts must be contiguous int64 with 2 elements, got Float with 2", replaced(starts=lambda s: s.float())),
+                *(
+                    (f"vocabulary must be the rows of a head that the arena has, or 0, got {n}", replaced(vocabulary=n))
+                    for n in (-1, 1 << 30, 1 << 62)
+                ),
+                ("activation must be silu or gelu_tanh, got relu", replaced(activation="relu")),
+            )
+        ),
+        *(
+            Bad(f"sparse_linear_decode: {message}", spoil, traced=False)
+            for message, spoil in (
+                ("positions must be 0 to 299, got -1", replaced(positions=torch.tensor([[0, 1, 2], [3, -1, 4]]))),
+                ("positions must be 0 to 299, got 300", replaced(positions=torch.tensor([[0, 1, 2], [3, 300, 4]]))),
+                ("starts must be 0 to 20 (length), got 21", replaced(starts=torch.tensor([0, 21]))),
+                ("starts must be 0 to 20 (length), got -1", replaced(starts=torch.tensor([-1, 0]))),
+                ("plan must have a norm in each layer, got none in layer 1", in_plan(1, "post_norm", -1)),
+                ("plan must name offsets inside the arena, got -1", in_plan(1, "down", -1)),
+                *(
+                    (f"plan must name offsets inside the arena, got {at}", in_plan(1, "gate", at))
+                    for at in (1 << 30, 1 << 62, (1 << 63) - 1, -(1 << 63))
+                ),
+                *(
+                    (f"plan must name places among the vectors, got {at}", in_plan(1, part, at))
+                    for at in (1 << 20, (1 << 63) - 1)
+                    for part in ("input_norm", "v_bias")
+                ),
+                ("arena must be intact, got a packed weight that leaves it", in_arena("<q", 40, 1 << 40)),
+                ("arena must be intact, got a packed weight that leaves it", in_arena("<q", 40, -1)),
+                ("arena must be intact, got an array too short for a header", in_arena("<q", 40, 63)),
+                ("arena must be intact, got an array that does not begin with the format's magic", in_arena("<Q", 0, 7)),
+                ("arena must be intact, got a format version from the future", in_arena("<I", 8, 2)),
+                ("arena must be intact, got offsets out of order", in_arena("<q", 72, 1 << 62)),
+                ("arena must be intact, got a panel of the wrong length", in_arena("<q", 32, 65)),
+                ("arena must hold 98 x 64", replaced(inner=98)),
+                ("arena must hold 49 x 64", replaced(vocabulary=49)),
+                ("arena must hold 32 x 64", lambda args: in_plan(0, "k", 0)(args)),
+                ("arena must hold 64 x 63", replaced(hidden=torch.ones(2, 3, 63))),
+            )
         ),
     ],
 )
 
 CASES: dict[str, Case] = {case.op: case for case in (_LINEAR, _PACK, _UNPACK, _CHECK, _COMPRESS, _EXPAND, _ATTEND)}
+CASES: dict[str, Case] = {case.op: case for case in (_LINEAR, _PACK, _UNPACK, _CHECK, _DECODE)}

@@ -354,9 +354,11 @@ Tensor decode(Tensor hidden, Tensor arena, Tensor vectors, Tensor plan, Tensor c
   s.blocks = kv.size(4);
   s.dim = kv.size(6);
   STD_TORCH_CHECK(s.dim >= 16 && s.dim % 16 == 0, kOp, ": kv must have a head size that is a multiple of 16, got ", s.dim);
-  STD_TORCH_CHECK(s.kv_heads >= 1 && heads >= 1 && heads % s.kv_heads == 0, kOp, ": heads must be a multiple of the ", s.kv_heads,
-                  " key-value heads, got ", heads);
-  STD_TORCH_CHECK(inner >= 1 && inner <= int64_t{1} << 30, kOp, ": inner must be the width of the MLP, got ", inner);
+  // Outputs that a packed weight of the arena can have, since each panel of 16 has an offset of 8 bytes: no wild size is allocated.
+  const int64_t most = 2 * arena.numel();
+  STD_TORCH_CHECK(s.kv_heads >= 1 && heads >= 1 && heads <= most / s.dim && heads % s.kv_heads == 0, kOp,
+                  ": heads must be a multiple of the ", s.kv_heads, " key-value heads, for which the arena has weights, got ", heads);
+  STD_TORCH_CHECK(inner >= 1 && inner <= most, kOp, ": inner must be the width of the MLP, for which the arena has weights, got ", inner);
   STD_TORCH_CHECK(length >= 0 && length <= s.blocks * kBlockTokens - s.tokens, kOp, ": length must be 0 to ",
                   s.blocks * kBlockTokens - s.tokens, " (tokens that kv holds, less the new ones), got ", length);
   check_long(positions, "positions", s.rows());
@@ -376,7 +378,7 @@ Tensor decode(Tensor hidden, Tensor arena, Tensor vectors, Tensor plan, Tensor c
     for (int64_t b = 0; b < s.batch; ++b)
       STD_TORCH_CHECK(first[b] >= 0 && first[b] <= length, kOp, ": starts must be 0 to ", length, " (length), got ", first[b]);
   }
-  STD_TORCH_CHECK(vocabulary >= 0 && vocabulary <= int64_t{1} << 30, kOp, ": vocabulary must be the rows of the head or 0, got ",
+  STD_TORCH_CHECK(vocabulary >= 0 && vocabulary <= most, kOp, ": vocabulary must be the rows of a head that the arena has, or 0, got ",
                   vocabulary);
   STD_TORCH_CHECK(activation == "silu" || activation == "gelu_tanh", kOp, ": activation must be silu or gelu_tanh, got ", activation);
 

@@ -341,7 +341,7 @@ def test_wrong_input():
 def test_spec_round_trip():
     int4 = layer("int4", group_size=64, symmetric=True)
     for one in (layer(), layer("bf16", bias=False, kind=torch.bfloat16), layer(activation_group=64), int4):
-        other = tce.SparseLinear.from_spec(one.spec())
+        other = tce.SparseLinear.from_spec(one.spec(), one.to_linear())
         other.load_state_dict(one.state_dict(), assign=True)
         assert other.spec() == one.spec()
         assert repr(other) == repr(one)

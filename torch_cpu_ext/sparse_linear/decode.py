@@ -3,12 +3,14 @@
 The layout of the cache's blocks is described in ``kernels/common/kv_block.h``.
 """
 
+import re
+
 import torch
 from torch import Tensor
 
 from ..core.registry import define
 from .attention import from_blocks, to_blocks
-from .ops import _check_float, _linear_reference
+from .ops import _HEADER, _check_float, _linear_reference, _read_header, _type_name
 
 # The columns of a plan, as binding_decode.cpp names them.
 PARTS = (
@@ -112,13 +114,63 @@ def _check(
     starts: Tensor | None,
     kv: Tensor,
     length: int,
+    heads: int,
+    inner: int,
+    activation: str,
+    vocabulary: int,
 ) -> None:
+    def check(condition: bool, must: str, given: object) -> None:
+        torch._check(condition, lambda: f"{_OP}: {must}, got {given}")
+
+    def check_long(argument: str, tensor: Tensor, numel: int) -> None:
+        check(
+            tensor.dtype == torch.int64 and tensor.is_contiguous() and tensor.numel() == numel,
+            f"{argument} must be contiguous int64 with {numel} elements",
+            f"{_type_name(tensor.dtype)} with {tensor.numel()}",
+        )
+
+    def kind(tensor: Tensor) -> str:
+        return f"{tensor.dim()}-D {_type_name(tensor.dtype)}"
+
     _check_float(_OP, "hidden", hidden)
-    torch._check(hidden.dim() == 3, lambda: f"{_OP}: hidden must be 3-D (batch, tokens, hidden size), got {hidden.dim()}-D")
-    torch._check(arena.dim() == 1 and arena.dtype == torch.uint8, lambda: f"{_OP}: arena must be a contiguous 1-D uint8 CPU tensor")
-    torch._check(vectors.dim() == 1 and vectors.dtype == torch.float32, lambda: f"{_OP}: vectors must be contiguous 1-D float32")
-    torch._check(plan.dim() == 2 and plan.shape[1] == len(PARTS), lambda: f"{_OP}: plan must be (layers + 1, {len(PARTS)})")
-    torch._check(kv.dim() == 7 and kv.dtype == torch.bfloat16, lambda: f"{_OP}: kv must be contiguous bfloat16 of 7 dimensions")
+    check(hidden.dim() == 3, "hidden must be 3-D (batch, tokens, hidden size)", f"{hidden.dim()}-D")
+    batch, tokens, _ = hidden.shape
+    check(1 <= batch * tokens <= MAX_ROWS, f"hidden must have 1 to {MAX_ROWS} rows (batch times tokens)", batch * tokens)
+    packed = arena.dim() == 1 and arena.dtype == torch.uint8 and arena.is_contiguous()
+    check(packed, "arena must be a contiguous 1-D uint8 CPU tensor", kind(arena))
+    floats = vectors.dim() == 1 and vectors.dtype == torch.float32 and vectors.is_contiguous()
+    check(floats, "vectors must be contiguous 1-D float32", kind(vectors))
+    lines = plan.dim() == 2 and plan.shape[0] >= 1 and plan.shape[1] == len(PARTS)
+    check(lines, f"plan must be (layers + 1, {len(PARTS)})", f"{plan.dim()}-D with {plan.numel()} elements")
+    check_long("plan", plan, plan.numel())
+    layers = plan.shape[0] - 1
+    check(
+        kv.dim() == 7
+        and kv.dtype == torch.bfloat16
+        and kv.is_contiguous()
+        and (kv.shape[0], kv.shape[1], kv.shape[2], kv.shape[5]) == (layers, 2, batch, BLOCK),
+        f"kv must be contiguous bfloat16 ({layers}, 2, {batch}, key-value heads, blocks, {BLOCK}, head size)",
+        f"{kind(kv)} with {kv.numel()} elements",
+    )
+    kv_heads, room, dim = kv.shape[3], kv.shape[4] * BLOCK - tokens, kv.shape[6]
+    most = 2 * arena.numel()  # outputs that a packed weight of the arena can have: each panel of 16 has an offset of 8 bytes
+    check(dim >= BLOCK and dim % BLOCK == 0, f"kv must have a head size that is a multiple of {BLOCK}", dim)
+    check(
+        kv_heads >= 1 and 1 <= heads <= most // dim and heads % kv_heads == 0,
+        f"heads must be a multiple of the {kv_heads} key-value heads, for which the arena has weights",
+        heads,
+    )
+    check(1 <= inner <= most, "inner must be the width of the MLP, for which the arena has weights", inner)
+    check(0 <= length <= room, f"length must be 0 to {room} (tokens that kv holds, less the new ones)", length)
+    check_long("positions", positions, batch * tokens)
+    table = cos.dim() == 2 and cos.shape[1] == dim // 2 and cos.dtype == torch.float32 and cos.is_contiguous()
+    check(table, f"cos must be contiguous float32 (positions, {dim // 2})", kind(cos))
+    alike = sin.shape == cos.shape and sin.dtype == torch.float32 and sin.is_contiguous()
+    check(alike, "sin must be of the shape and dtype of cos", kind(sin))
+    if starts is not None:
+        check_long("starts", starts, batch)
+    check(0 <= vocabulary <= most, "vocabulary must be the rows of a head that the arena has, or 0", vocabulary)
+    check(activation in ACTIVATIONS, "activation must be silu or gelu_tanh", activation)
 
 
 def _decode_fake(
@@ -140,7 +192,7 @@ def _decode_fake(
     activation: str = "silu",
     vocabulary: int = 0,
 ) -> Tensor:
-    _check(hidden, arena, vectors, plan, cos, sin, positions, starts, kv, length)
+    _check(hidden, arena, vectors, plan, cos, sin, positions, starts, kv, length, heads, inner, activation, vocabulary)
     return hidden.new_empty((*hidden.shape[:2], vocabulary or hidden.shape[2]))
 
 
@@ -163,17 +215,40 @@ def _decode_reference(
     activation: str = "silu",
     vocabulary: int = 0,
 ) -> Tensor:
-    _check(hidden, arena, vectors, plan, cos, sin, positions, starts, kv, length)
+    _check(hidden, arena, vectors, plan, cos, sin, positions, starts, kv, length, heads, inner, activation, vocabulary)
     batch, tokens, width = hidden.shape
     kv_heads, dim = kv.shape[3], kv.shape[6]
     offsets = [dict(zip(PARTS, line, strict=True)) for line in plan.tolist()]
 
+    def check(condition: bool, must: str, given: object) -> None:
+        torch._check(condition, lambda: f"{_OP}: {must}, got {given}")
+
+    for position in positions.flatten().tolist():
+        check(0 <= position < len(cos), f"positions must be 0 to {len(cos) - 1}", position)
+    for start in [] if starts is None else starts.flatten().tolist():
+        check(0 <= start <= length, f"starts must be 0 to {length} (length)", start)
+    positions = positions.view(batch, tokens)
+
     def floats(at: int, n: int) -> Tensor | None:
+        check(at < 0 or at + n <= vectors.numel(), "plan must name places among the vectors", at)
         return None if at < 0 else vectors[at : at + n]
 
     def linear(x: Tensor, at: int, outputs: int, bias: int = -1) -> Tensor:
+        check(0 <= at <= arena.numel() - _HEADER.size, "plan must name offsets inside the arena", at)
         size = int(arena[at + 40 : at + 48].clone().view(torch.int64))
-        return _linear_reference(x, arena[at : at + size], floats(bias, outputs), outputs)
+        check(0 <= size <= arena.numel() - at, "arena must be intact", "a packed weight that leaves it")
+        packed, vector = arena[at : at + size], floats(bias, outputs)
+        try:
+            header = _read_header(_OP, packed)
+            shape = outputs, x.shape[-1]
+            check(
+                (header.outputs, header.inputs) == shape,
+                f"arena must hold {shape[0]} x {shape[1]} at {at}",
+                f"{header.outputs} x {header.inputs}",
+            )
+            return _linear_reference(x, packed, vector, outputs)
+        except RuntimeError as error:
+            raise RuntimeError(re.sub("^sparse_linear(_decode)?: packed", f"{_OP}: arena", str(error))) from error
 
     def norm(x: Tensor, at: int) -> Tensor:
         weight = floats(at, x.shape[-1])
@@ -191,6 +266,8 @@ def _decode_reference(
         seen = seen & (slots >= starts[:, None, None])
     x = hidden.float()
     for layer, at in enumerate(offsets[:-1]):
+        for part in ("input_norm", "post_norm"):
+            check(at[part] >= 0, "plan must have a norm in each layer", f"none in layer {layer}")
         y = norm(x, at["input_norm"])
         q = linear(y, at["q"], heads * dim, at["q_bias"]).view(batch, tokens, heads, dim)
         k = linear(y, at["k"], kv_heads * dim, at["k_bias"]).view(batch, tokens, kv_heads, dim)
@@ -199,7 +276,7 @@ def _decode_reference(
         write_cache(kv[layer : layer + 1], length, torch.stack([k, v]).transpose(2, 3)[None])
         keys, values = read_cache(kv[layer : layer + 1], length + tokens)[0].float().repeat_interleave(heads // kv_heads, 2)
         scores = (q.transpose(1, 2) * scale) @ keys.transpose(2, 3)
-        near = seen if at["window"] < 0 else seen & (slots > own - at["window"])
+        near = seen if at["window"] <= 0 else seen & (slots > own - at["window"])
         attended = scores.masked_fill(~near[:, None], -torch.inf).softmax(-1) @ values
         x = x + linear(attended.transpose(1, 2).reshape(batch, tokens, heads * dim), at["o"], width, at["o_bias"])
         y = norm(x, at["post_norm"])
