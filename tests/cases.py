@@ -936,6 +936,85 @@ def _attend_samples() -> list[Sample]:
     for shape in ((0, 2, 1, 32), (2, 1, 0, 32)):
         samples.append(attend_sample(shape, 2, 1, 1, (0.3, 0.5), (0, 1, 1), torch.float32, next(seeds)))
     samples.append(attend_sample((1, 1, 2, 32), 2, 0, 0, (0.3, 0.5), (0, 0, 0), torch.float32, next(seeds)))
+    return samples
+
+
+@functools.cache
+def _few_attend() -> list[Sample]:
+    return [
+        attend_sample((1, 2, 2, 32), 3, 3, 2, (0.3, 0.5), (5, 3, 20), torch.float32, 1, junk=False),
+        attend_sample((2, 1, 1, 48), 1, 2, 1, (0.5, 0.0), (0, 2, 16), torch.bfloat16, 2, junk=False),
+    ]
+
+
+def _wrong_tail(argument: str, inner: str, swapped: str) -> list[Bad]:
+    op = "sparse_linear_attend"
+    return [
+        Bad(f"{op}: {argument} must be a 6-D bfloat16 tensor of blocks, got 5-D BFloat16", replaced(**{argument: lambda t: t[0]})),
+        Bad(f"{op}: {argument} must be a 6-D bfloat16 tensor of blocks, got 6-D Float", replaced(**{argument: lambda t: t.float()})),
+        Bad(
+            f"{op}: {argument} must be (1, 2, blocks, {inner}, 2), got (1, 2, blocks, {swapped}, 2)",
+            replaced(**{argument: lambda t: t.transpose(3, 4)}),
+        ),
+        Bad(
+            f"{op}: {argument} must be (1, 2, blocks, {inner}, 2), got (1, 1, blocks, {inner}, 2)",
+            replaced(**{argument: lambda t: t[:, 1:]}),
+        ),
+    ]
+
+
+def _spans(index: int, value: int) -> Callable[[Tensor], Tensor]:
+    return lambda spans: spans.clone().index_fill_(2, torch.tensor([index]), value)
+
+
+_ATTEND = Case(
+    op="sparse_linear_attend",
+    samples=_attend_samples,
+    few=_few_attend,
+    strided=("query", "k_tail", "v_tail"),
+    bad=[
+        *_wrong_types("sparse_linear_attend", "query"),
+        Bad("sparse_linear_attend: query must be 4-D (batch, heads, length, head_dim), got 3-D", replaced(query=lambda q: q[0])),
+        Bad("sparse_linear_attend: head_dim must be a positive multiple of 16, got 31", replaced(query=lambda q: q[..., 1:])),
+        Bad("sparse_linear_attend: query must have a multiple of the 2 KV heads, got 5", replaced(query=lambda q: q[:, 1:])),
+        Bad("sparse_linear_attend: query must have a multiple of the 0 KV heads, got 6", replaced(k_pages=lambda p: p[:, :0])),
+        *_wrong_pages("sparse_linear_attend", "k_pages", 32),
+        *_wrong_pages("sparse_linear_attend", "v_pages", 32),
+        Bad(
+            "sparse_linear_attend: v_pages must have batch 1 and 2 KV heads, got 1 and 1",
+            replaced(v_pages=lambda p: p[:, 1:]),
+        ),
+        Bad("sparse_linear_attend: v_pages must have as many pages as k_pages, 3, got 2", replaced(v_pages=lambda p: p[:, :, 1:])),
+        *_wrong_tail("k_tail", "16, 16", "16, 16")[:2],
+        *_wrong_tail("v_tail", "8, 32", "32, 8"),
+        _wrong_tail("k_tail", "16, 16", "16, 16")[3],
+        Bad("sparse_linear_attend: v_tail must have as many blocks as k_tail, 2, got 1", replaced(v_tail=lambda t: t[:, :, 1:])),
+        Bad(
+            "sparse_linear_attend: spans must be an int64 tensor of shape (1, 2, 3), got 3-D Int with 6 elements",
+            replaced(spans=lambda s: s.int()),
+        ),
+        Bad(
+            "sparse_linear_attend: spans must be an int64 tensor of shape (1, 2, 3), got 3-D Long with 3 elements",
+            replaced(spans=lambda s: s[:, 1:]),
+        ),
+        Bad("sparse_linear_attend: spans must have at most 3 pages, got 4", replaced(spans=_spans(1, 4)), traced=False),
+        Bad("sparse_linear_attend: spans must have at most 3 pages, got -1", replaced(spans=_spans(1, -1)), traced=False),
+        Bad("sparse_linear_attend: spans must have at most 32 tokens in the tail, got 33", replaced(spans=_spans(2, 33)), traced=False),
+        Bad("sparse_linear_attend: spans must have at most 32 tokens in the tail, got -1", replaced(spans=_spans(2, -1)), traced=False),
+        Bad("sparse_linear_attend: spans must begin with a token from 0 to 68, got 69", replaced(spans=_spans(0, 69)), traced=False),
+        Bad("sparse_linear_attend: spans must begin with a token from 0 to 68, got -1", replaced(spans=_spans(0, -1)), traced=False),
+        *(
+            Bad(
+                "sparse_linear_attend: pages must be intact, got a page whose bitmap does not fit its size",
+                replaced(**{argument: lambda p, value=value: torch.full_like(p, value)}),
+                traced=False,
+            )
+            for argument, value in itertools.product(("k_pages", "v_pages"), (0, 255))
+        ),
+    ],
+)
+
+
 # The fused decoder. An independent model in float64: codes of weights and activations as above, keys and values rounded to bfloat16.
 
 PLAN = (  # columns, as kernels/sparse_linear/binding_decode.cpp has them
@@ -1115,76 +1194,6 @@ def _decode_samples() -> list[Sample]:
 
 
 @functools.cache
-def _few_attend() -> list[Sample]:
-    return [
-        attend_sample((1, 2, 2, 32), 3, 3, 2, (0.3, 0.5), (5, 3, 20), torch.float32, 1, junk=False),
-        attend_sample((2, 1, 1, 48), 1, 2, 1, (0.5, 0.0), (0, 2, 16), torch.bfloat16, 2, junk=False),
-    ]
-
-
-def _wrong_tail(argument: str, inner: str, swapped: str) -> list[Bad]:
-    op = "sparse_linear_attend"
-    return [
-        Bad(f"{op}: {argument} must be a 6-D bfloat16 tensor of blocks, got 5-D BFloat16", replaced(**{argument: lambda t: t[0]})),
-        Bad(f"{op}: {argument} must be a 6-D bfloat16 tensor of blocks, got 6-D Float", replaced(**{argument: lambda t: t.float()})),
-        Bad(
-            f"{op}: {argument} must be (1, 2, blocks, {inner}, 2), got (1, 2, blocks, {swapped}, 2)",
-            replaced(**{argument: lambda t: t.transpose(3, 4)}),
-        ),
-        Bad(
-            f"{op}: {argument} must be (1, 2, blocks, {inner}, 2), got (1, 1, blocks, {inner}, 2)",
-            replaced(**{argument: lambda t: t[:, 1:]}),
-        ),
-    ]
-
-
-def _spans(index: int, value: int) -> Callable[[Tensor], Tensor]:
-    return lambda spans: spans.clone().index_fill_(2, torch.tensor([index]), value)
-
-
-_ATTEND = Case(
-    op="sparse_linear_attend",
-    samples=_attend_samples,
-    few=_few_attend,
-    strided=("query", "k_tail", "v_tail"),
-    bad=[
-        *_wrong_types("sparse_linear_attend", "query"),
-        Bad("sparse_linear_attend: query must be 4-D (batch, heads, length, head_dim), got 3-D", replaced(query=lambda q: q[0])),
-        Bad("sparse_linear_attend: head_dim must be a positive multiple of 16, got 31", replaced(query=lambda q: q[..., 1:])),
-        Bad("sparse_linear_attend: query must have a multiple of the 2 KV heads, got 5", replaced(query=lambda q: q[:, 1:])),
-        Bad("sparse_linear_attend: query must have a multiple of the 0 KV heads, got 6", replaced(k_pages=lambda p: p[:, :0])),
-        *_wrong_pages("sparse_linear_attend", "k_pages", 32),
-        *_wrong_pages("sparse_linear_attend", "v_pages", 32),
-        Bad(
-            "sparse_linear_attend: v_pages must have batch 1 and 2 KV heads, got 1 and 1",
-            replaced(v_pages=lambda p: p[:, 1:]),
-        ),
-        Bad("sparse_linear_attend: v_pages must have as many pages as k_pages, 3, got 2", replaced(v_pages=lambda p: p[:, :, 1:])),
-        *_wrong_tail("k_tail", "16, 16", "16, 16")[:2],
-        *_wrong_tail("v_tail", "8, 32", "32, 8"),
-        _wrong_tail("k_tail", "16, 16", "16, 16")[3],
-        Bad("sparse_linear_attend: v_tail must have as many blocks as k_tail, 2, got 1", replaced(v_tail=lambda t: t[:, :, 1:])),
-        Bad(
-            "sparse_linear_attend: spans must be an int64 tensor of shape (1, 2, 3), got 3-D Int with 6 elements",
-            replaced(spans=lambda s: s.int()),
-        ),
-        Bad(
-            "sparse_linear_attend: spans must be an int64 tensor of shape (1, 2, 3), got 3-D Long with 3 elements",
-            replaced(spans=lambda s: s[:, 1:]),
-        ),
-        Bad("sparse_linear_attend: spans must have at most 3 pages, got 4", replaced(spans=_spans(1, 4)), traced=False),
-        Bad("sparse_linear_attend: spans must have at most 3 pages, got -1", replaced(spans=_spans(1, -1)), traced=False),
-        Bad("sparse_linear_attend: spans must have at most 32 tokens in the tail, got 33", replaced(spans=_spans(2, 33)), traced=False),
-        Bad("sparse_linear_attend: spans must have at most 32 tokens in the tail, got -1", replaced(spans=_spans(2, -1)), traced=False),
-        Bad("sparse_linear_attend: spans must begin with a token from 0 to 68, got 69", replaced(spans=_spans(0, 69)), traced=False),
-        Bad("sparse_linear_attend: spans must begin with a token from 0 to 68, got -1", replaced(spans=_spans(0, -1)), traced=False),
-        *(
-            Bad(
-                "sparse_linear_attend: pages must be intact, got a page whose bitmap does not fit its size",
-                replaced(**{argument: lambda p, value=value: torch.full_like(p, value)}),
-                traced=False,
-            )
-            for argument, value in itertools.product(("k_pages", "v_pages"), (0, 255))
 def _few_decode() -> list[Sample]:
     return [
         decode_sample(batch=2, tokens=3, length=20, starts=(0, 5), vocabulary=50, bias=True),
@@ -1318,5 +1327,4 @@ _DECODE = Case(
     ],
 )
 
-CASES: dict[str, Case] = {case.op: case for case in (_LINEAR, _PACK, _UNPACK, _CHECK, _COMPRESS, _EXPAND, _ATTEND)}
-CASES: dict[str, Case] = {case.op: case for case in (_LINEAR, _PACK, _UNPACK, _CHECK, _DECODE)}
+CASES: dict[str, Case] = {case.op: case for case in (_LINEAR, _PACK, _UNPACK, _CHECK, _COMPRESS, _EXPAND, _ATTEND, _DECODE)}
