@@ -1,6 +1,7 @@
 """Sphinx directive ``op-catalogue``: a section for each op of a technique, made from `torch_cpu_ext.core.registry.CATALOGUE`."""
 
 import importlib
+import importlib.util
 import inspect
 import re
 from typing import ClassVar
@@ -16,17 +17,21 @@ def wrapper(op: Op) -> tuple[str, str]:
     """Name and first docstring sentence of the typed function that calls an op.
 
     Raises:
-        LookupError: the technique's ``ops.py`` has no public function that calls it.
+        LookupError: neither the technique's ``ops.py`` nor a file of the op's own name has a public function that calls it.
     """
     technique = f"torch_cpu_ext.{op.technique}"
-    module = importlib.import_module(f"{technique}.ops")
-    for name, function in inspect.getmembers(module, inspect.isfunction):
-        if name.startswith("_") or function.__module__ != module.__name__:
+    files = ["ops", op.name.removeprefix(f"{op.technique}_")]
+    for file in files if op.name != op.technique else files[:1]:
+        if importlib.util.find_spec(f"{technique}.{file}") is None:
             continue
-        if re.search(rf"torch\.ops\.{NAMESPACE}\.{op.name}\(", inspect.getsource(function)):
-            summary = (inspect.getdoc(function) or "").split("\n\n")[0]
-            return f"{technique}.{name}", " ".join(summary.split())
-    raise LookupError(f"{module.__name__} has no public function that calls {op.name}")
+        module = importlib.import_module(f"{technique}.{file}")
+        for name, function in inspect.getmembers(module, inspect.isfunction):
+            if name.startswith("_") or function.__module__ != module.__name__:
+                continue
+            if re.search(rf"torch\.ops\.{NAMESPACE}\.{op.name}\(", inspect.getsource(function)):
+                summary = (inspect.getdoc(function) or "").split("\n\n")[0]
+                return f"{module.__name__}.{name}" if file != "ops" else f"{technique}.{name}", " ".join(summary.split())
+    raise LookupError(f"{technique} has no public function that calls {op.name}")
 
 
 class OpCatalogue(SphinxDirective):
