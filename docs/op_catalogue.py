@@ -17,17 +17,19 @@ def wrapper(op: Op) -> tuple[str, str]:
     """Name and first docstring sentence of the typed function that calls an op.
 
     Raises:
-        LookupError: the technique has no public function that calls it.
+        LookupError: no file of the technique has a public function that calls it.
     """
     technique = f"torch_cpu_ext.{op.technique}"
     package = importlib.import_module(technique)
     modules = [importlib.import_module(f"{technique}.{found.name}") for found in pkgutil.iter_modules(package.__path__)]
-    for name, function in (member for module in modules for member in inspect.getmembers(module, inspect.isfunction)):
-        if name.startswith("_"):
-            continue
-        if re.search(rf"torch\.ops\.{NAMESPACE}\.{op.name}\(", inspect.getsource(function)):
-            summary = (inspect.getdoc(function) or "").split("\n\n")[0]
-            return f"{technique}.{name}", " ".join(summary.split())
+    for module in modules:
+        for name, function in inspect.getmembers(module, inspect.isfunction):
+            if name.startswith("_") or function.__module__ != module.__name__:
+                continue
+            if re.search(rf"torch\.ops\.{NAMESPACE}\.{op.name}\(", inspect.getsource(function)):
+                summary = (inspect.getdoc(function) or "").split("\n\n")[0]
+                place = technique if getattr(package, name, None) is function else module.__name__
+                return f"{place}.{name}", " ".join(summary.split())
     raise LookupError(f"{technique} has no public function that calls {op.name}")
 
 

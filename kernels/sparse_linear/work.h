@@ -5,6 +5,7 @@
 
 #include <algorithm>
 #include <atomic>
+#include <exception>
 #include <thread>
 
 #include "sparse_linear.h"
@@ -86,11 +87,17 @@ class Team {
       body(team);
       return;
     }
+    std::exception_ptr error;  // one that leaves a region through the stable ABI loses its message
     parallel_for(0, threads, 1, [&](int64_t begin, int64_t) {
       if (begin != 0) return team.help();
       const Leave leave{team};
-      body(team);
+      try {
+        body(team);
+      } catch (...) {
+        error = std::current_exception();
+      }
     });
+    if (error) std::rethrow_exception(error);
   }
 
   // Calls f(index) for 0 <= index < count, the leader and its helpers each taking the next index when done with the last.

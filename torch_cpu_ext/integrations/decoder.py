@@ -4,12 +4,15 @@
 before.
 """
 
+import itertools
 import math
-from collections.abc import Iterator
+import threading
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.module import _has_any_global_hook
 from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
@@ -20,6 +23,7 @@ from ..sparse_linear.decode import BLOCK, MAX_ROWS, PARTS, decode, read_cache, w
 
 # Stacks of layers that are norm, attention, norm, gated MLP, each with its residual, and the norms' way with their weight.
 MODELS = ("LlamaModel", "MistralModel", "Qwen2Model", "Qwen3Model", "GemmaModel")
+_ATTENTION = ("sdpa", "eager")
 _ACTIVATIONS = {"silu": "silu", "swish": "silu", "gelu_pytorch_tanh": "gelu_tanh"}
 _FIXED_ROPES = ("default", "linear", "llama3", "yarn", "proportional")  # angles that depend on the position alone
 _LINEARS = {
@@ -31,6 +35,12 @@ _LINEARS = {
     "up": "mlp.up_proj",
     "down": "mlp.down_proj",
 }
+_HOOKS = (
+    *("_forward_hooks", "_forward_hooks_with_kwargs", "_forward_hooks_always_called"),
+    *("_forward_pre_hooks", "_forward_pre_hooks_with_kwargs"),
+)
+_lock = threading.Lock()  # around what is built once: two threads may call one model
+_numbers = itertools.count(1)  # of what was built
 _NORMS = {
     "input_norm": "input_layernorm",
     "post_norm": "post_attention_layernorm",
@@ -44,6 +54,7 @@ class Store:
 
     def __init__(self, layers: int, heads: int, dim: int) -> None:
         self.kv = torch.empty(layers, 2, 0, heads, 0, BLOCK, dim, dtype=torch.bfloat16)
+        self.seen = (0, 0)  # ``id`` of the store that a decoder last looked at its layers for, and which of its arenas it had then
 
     def reserve(self, batch: int, length: int, used: int) -> None:
         """Makes room for ``length`` tokens of ``batch`` rows, of which ``used`` are there."""
@@ -150,7 +161,7 @@ def obstacle(model: nn.Module) -> str:
         model: what transformers calls the model, without the head, after its Linears were replaced by `SparseLinear`.
     """
     config: Any = model.config
-    if config._attn_implementation not in ("sdpa", "eager"):
+    if config._attn_implementation not in _ATTENTION:
         return f"its attention is {config._attn_implementation}"
     if _ACTIVATIONS.get(config.hidden_act) is None:
         return f"its activation is {config.hidden_act}"
@@ -162,24 +173,44 @@ def obstacle(model: nn.Module) -> str:
     layers = list(model.layers)  # type: ignore[arg-type]
     if not layers:
         return "it has no layers"
+    own = type(model).__module__
+    if "forward" in vars(model):
+        return "it has a forward of its own"
     for index, layer in enumerate(layers):
+        for name, module in [("", layer), *layer.named_children()]:
+            if type(module).__module__ != own:
+                return f"layers.{index}{name and '.'}{name} is a {type(module).__name__}"
         for name in _LINEARS.values():
             linear = layer.get_submodule(name)
             if type(linear) is not SparseLinear:
                 return f"layers.{index}.{name} is not packed"
-            if linear._forward_hooks or linear._forward_pre_hooks:
-                return f"layers.{index}.{name} has hooks"
             if linear.activation_group != 32:
                 return f"layers.{index}.{name} has activation_group {linear.activation_group}, not 32"
+        for holder, norm in ((f"layers.{index}.self_attn.{name}", getattr(layer.self_attn, name, None)) for name in ("q_norm", "k_norm")):
+            if norm is not None and type(norm).__module__ != own:
+                return f"{holder} is a {type(norm).__name__}"
         if layer.self_attn.head_dim % BLOCK:
             return f"its heads have {layer.self_attn.head_dim} elements, not a multiple of {BLOCK}"
+    if type(model.norm).__module__ != own:
+        return f"norm is a {type(model.norm).__name__}"
+    for name, module in model.named_modules():
+        if name and name != "embed_tokens" and (_hooks(module) or "forward" in vars(module)):  # the embedding is called in any case
+            return f"{name} has {'hooks' if _hooks(module) else 'a forward of its own'}"
     return ""
+
+
+def _hooks(module: nn.Module) -> list[Any]:
+    """A module's hooks, but for those that transformers leaves in models once hidden states were asked for."""
+    hooks = (*module._forward_hooks.values(), *module._forward_pre_hooks.values())
+    return [hook for hook in hooks if getattr(hook, "__module__", "") != "transformers.utils.output_capturing"]
 
 
 class FusedDecoder(Replacement):
     """Stands for a stack of Llama-shaped layers: calls of up to 8 tokens with a cache run in one op, all others in the original's code.
 
-    It shares the original's children, so names in the ``state_dict`` stay, and other attributes are the original's.
+    It shares the original's children and hooks, so names in the ``state_dict`` stay, and other attributes are the original's. What the op
+    reads is built from the layers; whether they changed is looked at for each new cache, after each call of the original's code and after
+    ``to``, ``train`` and ``load_state_dict``, not for each token.
 
     Args:
         model: the stack, with `SparseLinear` layers.
@@ -191,13 +222,15 @@ class FusedDecoder(Replacement):
         super().__init__()
         # One dictionary in both: what is put in the place of a child is seen by both.
         self._modules, self._parameters, self._buffers = model._modules, model._parameters, model._buffers
+        for name in _HOOKS:
+            setattr(self, name, getattr(model, name))
         self._original = (model,)  # in a tuple, so as not to be a child
-        self._checked = False  # whether the arena is known to be that of the layers; looked at again after each call of the original
+        self._checked = False  # whether the arena is known to be that of the layers
         self._stamp: list[tuple[Any, int]] = []  # the layers that the arena was made of
-        self._arena = torch.empty(0, dtype=torch.uint8)
-        self._vectors = torch.empty(0)
-        self._plan = torch.empty(0, dtype=torch.int64)
-        self._cos = self._sin = torch.empty(0, 0)
+        self._number = 0
+        # Tensors that belong together are replaced together: another thread may be reading.
+        self._arena = torch.empty(0, dtype=torch.uint8), torch.empty(0), torch.empty(0, dtype=torch.int64)  # and the vectors and the plan
+        self._angles = torch.empty(0, 0), torch.empty(0, 0)  # cosines and sines
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -213,7 +246,17 @@ class FusedDecoder(Replacement):
     def train(self, mode: bool = True) -> "FusedDecoder":
         self._original[0].train(mode)
         self.training = mode
+        self._checked = False
         return self
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "FusedDecoder":
+        super()._apply(fn, recurse)
+        self._checked = False
+        return self
+
+    def _load_from_state_dict(self, *args: Any) -> None:
+        super()._load_from_state_dict(*args)
+        self._checked = False
 
     def row(self) -> Row:
         isa = jit.kernel_isa(self.technique, "decode")
@@ -228,11 +271,11 @@ class FusedDecoder(Replacement):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """As the original's."""
-        plain = torch.is_grad_enabled() or self.training or torch.compiler.is_compiling()
+        plain = torch.is_grad_enabled() or self.training or torch.compiler.is_compiling() or _has_any_global_hook()
         call = None if plain else self._fusable(*args, **kwargs)
         if call is None:
             self._checked = False
-            return self._original[0](*args, **kwargs)
+            return self._original[0].forward(*args, **kwargs)  # not its hooks, which are this module's, too
         return self._decode(*call)
 
     def _fusable(
@@ -250,11 +293,26 @@ class FusedDecoder(Replacement):
         """What `_decode` takes, or None where the original must run; adopts the cache in either case."""
         cache = past_key_values if cache is None else cache
         given = input_ids if inputs_embeds is None else inputs_embeds
-        if cache is None or given is None or use_cache is False or not self._adopt(cache):
+        config: Any = self.config
+        if config.num_hidden_layers != len(self.layers) or config._attn_implementation not in _ATTENTION:
+            return None
+        if (
+            cache is None
+            or given is None
+            or (input_ids is not None and inputs_embeds is not None)
+            or use_cache is False
+            or not self._adopt(cache)
+        ):
             return None
         batch, tokens = given.shape[:2]
         length = cache.layers[0].length
-        if not 1 <= batch * tokens <= MAX_ROWS or return_dict is False or any(value is not None for value in kwargs.values()):
+        if (
+            not 1 <= batch * tokens <= MAX_ROWS
+            or return_dict is False
+            or any(value is not None and value is not False for value in kwargs.values())
+        ):
+            return None
+        if config.output_hidden_states or config.output_attentions or not config.return_dict:
             return None
         starts = None
         if attention_mask is not None:
@@ -264,15 +322,18 @@ class FusedDecoder(Replacement):
                 starts = attention_mask.long().argmax(1)
                 if not bool((attention_mask.long().sum(1) + starts == length + tokens).all()) or int(starts.max()) > length:
                     return None  # padding elsewhere than on the left of what is in the cache
-        if not self._checked and not self._prepare():
-            return None
-        self._checked = True
+        store = cache.layers[0].store
+        if not (self._checked and length and store.seen == (id(store), self._number)):
+            if not self._prepare():
+                return None
+            self._checked = True
+            store.seen = id(store), self._number
         hidden = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         if position_ids is None:
             position_ids = torch.arange(length, length + tokens)
         positions = position_ids.expand(batch, tokens).contiguous()
         last = int(positions.max())
-        if last >= len(self._cos):
+        if last >= len(self._angles[0]):
             self._extend(last + 1)
         return hidden, positions, starts, cache, length
 
@@ -282,7 +343,7 @@ class FusedDecoder(Replacement):
         store.reserve(batch, length + tokens, length)
         attention = self.layers[0].self_attn
         out = decode(
-            *(hidden, self._arena, self._vectors, self._plan, self._cos, self._sin, positions, starts, store.kv, length),
+            *(hidden, *self._arena, *self._angles, positions, starts, store.kv, length),
             heads=attention.q_proj.out_features // attention.head_dim,
             inner=self.layers[0].mlp.gate_proj.out_features,
             epsilon=self.config.rms_norm_eps,
@@ -341,13 +402,19 @@ class FusedDecoder(Replacement):
         for module in self._original[0].modules():
             found.append((module, 0))
             if module is not self._original[0]:
-                found += [(hook, 0) for hook in (*module._forward_hooks.values(), *module._forward_pre_hooks.values())]
+                found += [(hook, 0) for hook in _hooks(module)]
+            if "forward" in vars(module):
+                found.append((vars(module)["forward"], 0))
             tensors = [t for t in (*module._parameters.values(), *module._buffers.values()) if t is not None]
             found += [(tensor, 0 if tensor.is_inference() else tensor._version) for tensor in tensors]
         return found
 
     def _prepare(self) -> bool:
         """Builds the arena if a layer changed since it was built. False if the layers cannot be fused any more."""
+        with _lock:
+            return self._build()
+
+    def _build(self) -> bool:
         now = self._fingerprint()
         if len(now) == len(self._stamp) and all(a is b and i == j for (a, i), (b, j) in zip(now, self._stamp, strict=True)):
             return True
@@ -369,16 +436,18 @@ class FusedDecoder(Replacement):
                 vectors.append(tensor)
         for index, layer in enumerate(self.layers):
             plan[index, PARTS.index("window")] = _window(layer, self.config) or -1
-        self._arena, self._vectors, self._plan = arena, torch.cat(vectors), plan
+        self._arena = arena, torch.cat(vectors), plan
         self._stamp = self._fingerprint()
+        self._number = next(_numbers)
         return True
 
     def _extend(self, positions: int) -> None:
         """Tables of the rotary embedding for at least so many positions."""
-        count = max(positions + 256, 2 * len(self._cos), 1024)
-        cos, sin = self.rotary_emb(torch.empty(0), torch.arange(count)[None])
-        half = cos.shape[-1] // 2
-        self._cos, self._sin = cos[0, :, :half].float().contiguous(), sin[0, :, :half].float().contiguous()
+        with _lock:
+            count = max(positions + 256, 2 * len(self._angles[0]), 1024)
+            cos, sin = self.rotary_emb(torch.empty(0), torch.arange(count)[None])
+            half = cos.shape[-1] // 2
+            self._angles = cos[0, :, :half].float().contiguous(), sin[0, :, :half].float().contiguous()
 
 
 def _window(layer: nn.Module, config: Any) -> int | None:
