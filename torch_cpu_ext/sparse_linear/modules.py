@@ -195,10 +195,10 @@ class SparseLinear(Replacement):
         """Moves the packed weights of a model into one array in huge pages, of which the layers keep views; one layer at a time."""
         layers = [module for module in model.modules() if isinstance(module, SparseLinear) and module._has_weights()]
         ends = list(accumulate((-(-layer.packed.numel() // 64) * 64 for layer in layers), initial=0))
-        arena = memory.zeros(ends[-1])
-        for layer, start in zip(layers, ends, strict=False):
-            place = arena[start : start + layer.packed.numel()]
-            layer.packed = place.copy_(layer.packed)
+        with torch.inference_mode(False):  # else no gradient could pass a layer later
+            arena = memory.zeros(ends[-1])
+            for layer, start in zip(layers, ends, strict=False):
+                layer.packed = arena[start : start + layer.packed.numel()].copy_(layer.packed)
 
     def extra_repr(self) -> str:
         return (
