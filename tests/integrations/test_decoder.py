@@ -113,7 +113,7 @@ def close(a, b, tolerance=TOLERANCE):
 
 def logits(model, ids, cache=None, **arguments):
     with torch.no_grad():
-        return model(ids, past_key_values=cache, use_cache=True, **arguments)
+        return model(ids, cache=cache, use_cache=True, **arguments)
 
 
 def generate(model, prompt, **arguments):
