@@ -109,6 +109,13 @@ class Team {
     }
     context_ = &f;
     item_ = [](const void* context, int64_t index) { (*static_cast<const F*>(context))(index); };
+    constexpr int64_t most = kMask;  // what a ticket has numbers for
+    for (first_ = 0; first_ < count; first_ += most) stage(std::min(most, count - first_));
+  }
+
+ private:
+  // One stage of `each`: items first_ to first_ + count - 1.
+  void stage(int64_t count) {
     done_.store(0, std::memory_order_relaxed);
     stage_ += kStage;
     ticket_.store(stage_ | static_cast<uint64_t>(count) << kBits, std::memory_order_release);
@@ -117,7 +124,6 @@ class Team {
     for (int64_t spins = 0; done_.load(std::memory_order_acquire) != count;) rest(spins);
   }
 
- private:
   // A ticket is the number of the stage, the count of its items and the next item. With the number in it, no thread takes a ticket of a
   // stage that has ended.
   static constexpr int kBits = 20;
@@ -134,7 +140,7 @@ class Team {
     do {
       if ((ticket & kMask) >= (ticket >> kBits & kMask)) return false;
     } while (!ticket_.compare_exchange_weak(ticket, ticket + 1, std::memory_order_acq_rel));
-    item_(context_, static_cast<int64_t>(ticket & kMask));
+    item_(context_, first_ + static_cast<int64_t>(ticket & kMask));
     done_.fetch_add(1, std::memory_order_release);
     return true;
   }
@@ -158,6 +164,7 @@ class Team {
   uint64_t stage_ = 0;
   const void* context_ = nullptr;
   void (*item_)(const void*, int64_t) = nullptr;
+  int64_t first_ = 0;
   alignas(64) std::atomic<uint64_t> ticket_{0};
   alignas(64) std::atomic<int64_t> done_{0};
   alignas(64) std::atomic<bool> ended_{false};
