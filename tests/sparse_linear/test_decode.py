@@ -55,7 +55,7 @@ def test_threads_change_nothing(threads, isa):
 def test_the_cache_gets_the_new_tokens_and_nothing_else(which, isa):
     args = dict(CASE.few()[which].args)
     length, tokens = args["length"], args["hidden"].shape[1]
-    before = args["kv"].clone()
+    before = torch.randn(args["kv"].shape, generator=torch.Generator().manual_seed(which)).bfloat16()  # samples are shared: theirs is used
     ours, theirs = before.clone(), before.clone()
     call(args | {"kv": ours})
     call(args | {"kv": theirs}, CATALOGUE["sparse_linear_decode"].reference)
