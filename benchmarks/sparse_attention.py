@@ -12,22 +12,25 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from torch_cpu_ext import kernel_isa
+from torch_cpu_ext.core import memory
 from torch_cpu_ext.sparse_linear import attend, compress_kv, to_blocks
 
-from common import Row, Seconds, interleave, last_level_cache, main, rotate, row
+from common import Row, Seconds, interleave, main, rotate, row
 
 GEOMETRIES = {"Llama-3-8B": (8, 32, 128), "SmolLM2-135M": (3, 9, 64)}  # KV heads, query heads, head_dim
 CONTEXTS = (4096, 8192, 16384, 32768)
 SPARSITIES = ((0.3, 0.5), (0.5, 0.5), (0.7, 0.7))  # of keys and values
-COLD_BYTES = max(160 << 20, 3 * last_level_cache() // 2)
+COLD_BYTES = memory.cold_bytes()
 
 Call = Callable[[], object]
 
 
 def copies(*tensors: Tensor) -> list[tuple[Tensor, ...]]:
-    """The tensors at as many addresses as it takes to be out of every cache when their turn comes again."""
-    size = sum(t.numel() * t.element_size() for t in tensors)
-    return [tuple(t.clone() for t in tensors) for _ in range(math.ceil(COLD_BYTES / size))]
+    """The tensors at as many addresses as it takes to be out of every cache when their turn comes again, all in huge pages."""
+    size = sum(t.nbytes for t in tensors)
+    return [
+        tuple(memory.zeros(t.nbytes).view(t.dtype).view(t.shape).copy_(t) for t in tensors) for _ in range(math.ceil(COLD_BYTES / size))
+    ]
 
 
 def ours(k: Tensor, v: Tensor, query: Tensor, sparsity: tuple[float, float] | None) -> tuple[Call, int]:

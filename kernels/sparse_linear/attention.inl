@@ -56,7 +56,8 @@ static const uint8_t* score(const uint8_t* block, int64_t rows, const typename T
   return values;
 }
 
-// Adds the values of 16 tokens times their probabilities to M rows of sums. A dense block, G times 16 elements at a time.
+// Adds the values of 16 tokens times their probabilities to M rows of sums. A dense block, G times 16 elements at a time: the more, the
+// longer are the stretches of memory that are read in order.
 template <typename T, int M, int G>
 static void mix(const uint8_t* block, int64_t groups, const typename T::X* p, float* sums, int64_t head_dim) {
   for (int64_t g = 0; g < groups; g += G) {
@@ -65,15 +66,29 @@ static void mix(const uint8_t* block, int64_t groups, const typename T::X* p, fl
       for (int i = 0; i < G; ++i) sum[m][i] = T::load(sums + m * head_dim + (g + i) * kWide);
     for (int64_t pair = 0; pair < kPairsInBlock; ++pair) {
       for (int i = 0; i < G; ++i) {
-        // In the order of addresses, not of use: steps of a whole pair are more than the hardware follows.
-        T::ahead(block + (g * kPairsInBlock + pair * G + i) * kBlockRow);
-        const typename T::Row row = T::row(block + (pair * groups + g + i) * kBlockRow);
+        const uint8_t* at = block + (pair * groups + g + i) * kBlockRow;
+        T::ahead(at);
+        const typename T::Row row = T::row(at);
         for (int m = 0; m < M; ++m) sum[m][i] = T::add(sum[m][i], row, p + m * kSplitTokens + 2 * pair);
       }
     }
     for (int m = 0; m < M; ++m)
       for (int i = 0; i < G; ++i) T::store(sums + m * head_dim + (g + i) * kWide, sum[m][i]);
   }
+}
+
+// The same for all rows of queries, with the largest G there are registers for.
+template <typename T, int G>
+static void mix_rows(const uint8_t* block, const PageAttention& a, const typename T::X* p, float* sums) {
+  const int64_t groups = a.head_dim / kWide;
+  if (groups % G != 0) {
+    if constexpr (G > 1) mix_rows<T, G / 2>(block, a, p, sums);
+    return;
+  }
+  constexpr int M = T::kRows > 1 ? 2 : 1;
+  int64_t r = 0;
+  for (; r + M <= a.rows; r += M) mix<T, M, G>(block, groups, p + r * kSplitTokens, sums + r * a.head_dim, a.head_dim);
+  if (r < a.rows) mix<T, 1, G>(block, groups, p + r * kSplitTokens, sums + r * a.head_dim, a.head_dim);
 }
 
 // The same from the rows of a sparse page, expanded or not. The end of the values where it is not.
@@ -210,15 +225,11 @@ static bool mix_block(const Reader<T>& v, int64_t i, const PageAttention& a, int
       }
     }
   }
-  for_rows<T>(a.rows, [&]<int M>(int64_t r) {
-    if (v.expanded(i)) {
-      mix_page<T, M, From::buffer>(block, groups, p + r * kSplitTokens, sums + r * d, d);
-    } else if (groups % 2 == 0) {
-      mix<T, M, 2>(block, groups, p + r * kSplitTokens, sums + r * d, d);
-    } else {
-      mix<T, M, 1>(block, groups, p + r * kSplitTokens, sums + r * d, d);
-    }
-  });
+  if (!v.expanded(i)) {
+    mix_rows<T, T::kSums>(block, a, p, sums);
+    return true;
+  }
+  for_rows<T>(a.rows, [&]<int M>(int64_t r) { mix_page<T, M, From::buffer>(block, groups, p + r * kSplitTokens, sums + r * d, d); });
   return true;
 }
 

@@ -5,6 +5,7 @@ Importing this module registers the attention implementation `NAME`; a model tha
 """
 
 import functools
+import math
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ try:
 except ImportError as error:
     raise ImportError("transformers must be installed: pip install 'torch_cpu_ext[transformers]'") from error
 
+from ..core import memory
 from ..sparse_linear.attention import TOKENS, attend, compress_kv, expand_kv, from_blocks, kept, page_bytes, to_blocks
 
 NAME = "torch_cpu_ext_sparse"
@@ -135,7 +137,8 @@ class SparseKVLayer(CacheLayerMixin):
         store, total = self.page_store[kind], self.pages + pages.shape[2]
         if total > store.shape[2]:
             room = total + total // 8 if self.pages else total  # a prompt gets what it needs, decoding some more
-            grown = store.new_empty((*store.shape[:2], room, store.shape[3]))
+            shape = (*store.shape[:2], room, store.shape[3])
+            grown = memory.zeros(math.prod(shape)).view(shape)
             grown[:, :, : self.pages] = store[:, :, : self.pages]
             self.page_store[kind] = store = grown
         store[:, :, self.pages : total] = pages
