@@ -97,8 +97,8 @@ def damage() -> None:
     def draw(end: int) -> int:
         return int(torch.randint(end, (), generator=random))
 
-    for (dtype, layout, _), data in arrays.items():
-        if dtype == "fp32":
+    for (dtype, _, layout, _), data in arrays.items():
+        if dtype not in PRODUCT:
             continue
         first = int.from_bytes(data[64:72], "little")
         for i in range(120 if layout == "sparse" else 20):
