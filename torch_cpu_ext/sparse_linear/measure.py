@@ -21,7 +21,8 @@ class KernelInfo:
 
     Args:
         kernel: technique and kernel, e.g. ``"sparse_linear int8"``.
-        isa: the instruction set it runs with now, e.g. ``"avx512_vnni"``, or ``"reference"`` where PyTorch runs in its place.
+        isa: the instruction set it runs with now, e.g. ``"avx512_vnni"``, or ``"reference"`` where PyTorch runs in its place; with
+            ``"amx"`` fewer than five rows of input, as the one measured here, run with the best one below it.
         dtype: how weights are stored.
         layout: ``"dense"`` or ``"sparse"``.
         layers: number of packed layers that were measured.
@@ -86,7 +87,9 @@ def kernel_info(model: nn.Module, limit_bytes: int = 1 << 30) -> KernelInfo:
         raise ValueError("kernel_info: model must have weights, got a layer without")
     size = sum(layer.packed.numel() for layer in layers)
     target = min(cold_bytes(), limit_bytes)
-    copies = [*layers, *(_copy(layer) for _ in range(math.ceil(target / size) - 1) for layer in layers)] if size < target else layers
+    extra = [_copy(layer) for _ in range(math.ceil(target / size) - 1) for layer in layers]
+    SparseLinear.settle(nn.ModuleList(extra))  # in memory of the kind that layers of a model have
+    copies = [*layers, *extra]
     inputs = [torch.randn(1, layer.in_features).to(layer.weight_dtype) for layer in layers]
 
     def run() -> None:
@@ -116,9 +119,9 @@ def kernel_info(model: nn.Module, limit_bytes: int = 1 << 30) -> KernelInfo:
 
 
 def _copy(layer: SparseLinear) -> SparseLinear:
-    """The same layer with its packed weight at another address."""
+    """The same layer with buffers of its own, whose packed weight can be moved."""
     result = copy.copy(layer)
-    result._buffers = {**layer._buffers, "packed": layer.packed.clone()}
+    result._buffers = dict(layer._buffers)
     return result
 
 
