@@ -24,6 +24,7 @@ ROWS = (1, 2, 4, 8, 16, 64, 512)
 SPARSITIES = (0.0, 0.3, 0.5, 0.7, 0.9)
 PEER_ROWS = (1, 8, 16, 512)  # where the peers other than F.linear are measured too
 VARIANTS = {name: SparseLinearConfig(dtype=name) for name in ("bf16", "int8", "int4", "fp32")}
+BAR_ROWS = {1: 41, 8: 15, 16: 15, 64: 9, 512: 9}  # rows of input that the bars speak of, and how often they are measured
 COLD_BYTES = memory.cold_bytes()  # what rotated copies of a weight come to, so that each is out of the caches
 
 
@@ -109,9 +110,18 @@ def overhead() -> Row:
     return row("call overhead, 16x16", times["ours"], "F.linear fp32", times["peer"], {"dtype": "bf16", "m": 1, "n": 16, "k": 16})
 
 
+def pages() -> Row:
+    """A plain read of memory in huge pages, where packed weights lie, against one in pages of 4 KiB."""
+    small = torch.empty(COLD_BYTES, dtype=torch.uint8).fill_(1).view(torch.float32)
+    times = interleave({"huge": memory.read_calls(COLD_BYTES)[0], "small": small.sum}, 15)
+    speeds = {f"{name}_gb_per_s": round(COLD_BYTES / time / 1e9, 1) for name, time in times.items()}
+    return row("plain read, huge pages", times["huge"], "small pages", times["small"], speeds)
+
+
 def rows(quick: bool) -> Iterator[Row]:
     """All results, or a few of them."""
     yield overhead()
+    yield pages()
     if quick:
         layers = Layers((4096, 4096), ("bf16", "int8"), (0.5,))
         for m in (1, 8, 64):
@@ -130,15 +140,19 @@ def rows(quick: bool) -> Iterator[Row]:
 
 def bars() -> dict[str, float]:
     """What bars.toml promises."""
-    layers = Layers(SHAPE, ("bf16", "int8"), (0.5,))
-    decode = {r["config"]["dtype"]: r for r in measure(layers, 1, 41) if r["peer"] == "F.linear bf16"}
-    prefill = [r for m in (64, 512) for r in measure(layers, m, 9) if r["peer"] == "F.linear bf16"]
+    layers = Layers(SHAPE, ("bf16", "int8", "int4"), (0.5,))
+    found = {m: {r["config"]["dtype"]: r for r in measure(layers, m, r) if r["peer"] == "F.linear bf16"} for m, r in BAR_ROWS.items()}
+    decode = {
+        f"one row, {name} at 50 %, {what}": value
+        for name, one in found[1].items()
+        for what, value in (("times F.linear bf16", one["ratio"]), ("share of the plain read", one["config"]["share_of_read"]))
+    }
     return {
-        "one row, bf16 at 50 %, times F.linear bf16": decode["bf16"]["ratio"],
-        "one row, int8 at 50 %, times F.linear bf16": decode["int8"]["ratio"],
-        "one row, bf16 at 50 %, share of the plain read": decode["bf16"]["config"]["share_of_read"],
-        "one row, int8 at 50 %, share of the plain read": decode["int8"]["config"]["share_of_read"],
-        "64 and 512 rows at 50 %, times F.linear bf16, the worst": min(r["ratio"] for r in prefill),
+        **decode,
+        "8 and 16 rows, int8 at 50 %, times F.linear bf16, the worse": min(found[m]["int8"]["ratio"] for m in (8, 16)),
+        "64 and 512 rows at 50 %, bf16 and int8, times F.linear bf16, the worst": min(
+            found[m][name]["ratio"] for m in (64, 512) for name in ("bf16", "int8")
+        ),
         "call overhead (us)": overhead()["ours_ms"] * 1e3,
         "import after torch (ms)": _median(_import_ms, 5),
         "first build (s)": _build_s(),

@@ -4,6 +4,7 @@ The layout of the cache's blocks is described in ``kernels/common/kv_block.h``.
 """
 
 import re
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -114,10 +115,13 @@ def _check(
     starts: Tensor | None,
     kv: Tensor,
     length: int,
+    *,
     heads: int,
     inner: int,
-    activation: str,
-    vocabulary: int,
+    epsilon: float,
+    scale: float,
+    activation: str = "silu",
+    vocabulary: int = 0,
 ) -> None:
     def check(condition: bool, must: str, given: object) -> None:
         torch._check(condition, lambda: f"{_OP}: {must}, got {given}")
@@ -173,27 +177,9 @@ def _check(
     check(activation in ACTIVATIONS, "activation must be silu or gelu_tanh", activation)
 
 
-def _decode_fake(
-    hidden: Tensor,
-    arena: Tensor,
-    vectors: Tensor,
-    plan: Tensor,
-    cos: Tensor,
-    sin: Tensor,
-    positions: Tensor,
-    starts: Tensor | None,
-    kv: Tensor,
-    length: int,
-    *,
-    heads: int,
-    inner: int,
-    epsilon: float,
-    scale: float,
-    activation: str = "silu",
-    vocabulary: int = 0,
-) -> Tensor:
-    _check(hidden, arena, vectors, plan, cos, sin, positions, starts, kv, length, heads, inner, activation, vocabulary)
-    return hidden.new_empty((*hidden.shape[:2], vocabulary or hidden.shape[2]))
+def _decode_fake(hidden: Tensor, *rest: Any, **options: Any) -> Tensor:
+    _check(hidden, *rest, **options)
+    return hidden.new_empty((*hidden.shape[:2], options.get("vocabulary") or hidden.shape[2]))
 
 
 def _decode_reference(
@@ -215,7 +201,8 @@ def _decode_reference(
     activation: str = "silu",
     vocabulary: int = 0,
 ) -> Tensor:
-    _check(hidden, arena, vectors, plan, cos, sin, positions, starts, kv, length, heads, inner, activation, vocabulary)
+    options: dict[str, Any] = {"heads": heads, "inner": inner, "epsilon": epsilon, "scale": scale}
+    _check(hidden, arena, vectors, plan, cos, sin, positions, starts, kv, length, activation=activation, vocabulary=vocabulary, **options)
     batch, tokens, width = hidden.shape
     kv_heads, dim = kv.shape[3], kv.shape[6]
     offsets = [dict(zip(PARTS, line, strict=True)) for line in plan.tolist()]

@@ -117,7 +117,14 @@ def _round_bf16(x: Tensor) -> Tensor:
 
 
 def _check_pack(
-    weight: Tensor, dtype: str, layout: str, group_size: int, symmetric: bool, scale: Tensor | None, minimum: Tensor | None
+    weight: Tensor,
+    *,
+    dtype: str = "bf16",
+    layout: str = "auto",
+    group_size: int = 32,
+    symmetric: bool = False,
+    scale: Tensor | None = None,
+    minimum: Tensor | None = None,
 ) -> None:
     op = "sparse_linear_pack"
     _check_float(op, "weight", weight)
@@ -144,17 +151,8 @@ def _check_pack(
         )
 
 
-def _pack_fake(
-    weight: Tensor,
-    *,
-    dtype: str = "bf16",
-    layout: str = "auto",
-    group_size: int = 32,
-    symmetric: bool = False,
-    scale: Tensor | None = None,
-    minimum: Tensor | None = None,
-) -> Tensor:
-    _check_pack(weight, dtype, layout, group_size, symmetric, scale, minimum)
+def _pack_fake(weight: Tensor, **options: Any) -> Tensor:
+    _check_pack(weight, **options)
     return weight.new_empty(torch.library.get_ctx().new_dynamic_size(), dtype=torch.uint8)
 
 
@@ -168,7 +166,7 @@ def _pack_reference(
     scale: Tensor | None = None,
     minimum: Tensor | None = None,
 ) -> Tensor:
-    _check_pack(weight, dtype, layout, group_size, symmetric, scale, minimum)
+    _check_pack(weight, dtype=dtype, layout=layout, group_size=group_size, symmetric=symmetric, scale=scale, minimum=minimum)
     outputs, inputs = weight.shape
     for name, grid in (("scale", scale), ("minimum", minimum)):
         finite = grid is None or bool(grid.isfinite().all())
