@@ -28,6 +28,7 @@ from ..core.errors import CorruptFileError
 from ..core.progress import step
 from ..core.swap import optimize
 from ..sparse_linear import SparseLinearConfig
+from . import language
 
 _GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -265,13 +266,7 @@ def perplexity(model: Any, tokenizer: Any, windows: int = 4, length: int = 512) 
         windows: how many windows from the start of the text.
         length: tokens a window; each starts anew, and its first token is not predicted.
     """
-    total = 0.0
-    with torch.inference_mode():
-        for window in text_windows(tokenizer, windows, length):
-            hidden = model.model(window[None]).last_hidden_state[0, :-1]
-            for part, target in zip(hidden.split(128), window[1:].split(128), strict=True):  # all logits at once would take 100 MB
-                total += float(nn.functional.cross_entropy(model.lm_head(part).float(), target, reduction="sum"))
-    return math.exp(total / (windows * (length - 1)))
+    return language.perplexity(model, (window[None] for window in text_windows(tokenizer, windows, length)))
 
 
 def weight_bytes(model: nn.Module) -> int:
