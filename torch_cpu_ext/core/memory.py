@@ -15,8 +15,8 @@ _HUGE = 2 << 20
 def zeros(size: int) -> Tensor:
     """``size`` bytes of zeros, uint8, aligned to 64 at least; in huge pages where the system has them and ``size`` is worth one.
 
-    Measured on two Zen 4 cores of a virtual machine, reading 256 MB: with one thread 20 GB/s in small pages and 33 in huge ones, with two
-    threads 37 and 62.
+    Measured on two Zen 4 cores of a virtual machine by ``torch.sum``: with one thread 17 GB/s in small pages and 32 in huge ones, with two
+    threads 25 and 34 (the row "plain read, huge pages" of ``benchmarks/sparse_linear.py``).
     """
     if size < 2 * _HUGE or not hasattr(mmap, "MADV_HUGEPAGE"):
         return torch.zeros(size, dtype=torch.uint8)
@@ -40,7 +40,7 @@ def cold_bytes() -> int:
 
 
 def read_calls(size: int) -> list[Callable[[], object]]:
-    """Ways to read ``size`` bytes of memory and do next to nothing else; the fastest one shows what the machine can stream."""
+    """Ways to read ``size`` bytes of memory and do next to nothing else; the fastest one shows what PyTorch streams here."""
     block = zeros(size).fill_(1).view(torch.float32)
     return [block.sum, block.amax]
 
