@@ -373,8 +373,8 @@ class FusedDecoder(Replacement):
         store = Store(count, attention.k_proj.out_features // attention.head_dim, attention.head_dim)
         fresh: list[Any] = [StoreLayer(store, index) for index in range(count)]
         for new, old in zip(fresh, cache.layers, strict=False):
-            if old.get_seq_length():  # type: ignore[union-attr]
-                new.update(old.keys, old.values)  # type: ignore[union-attr]
+            if old.get_seq_length():
+                new.update(old.keys, old.values)
         cache.layers = fresh
         return True
 
