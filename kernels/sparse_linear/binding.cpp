@@ -89,7 +89,7 @@ Tensor forward(Tensor input, Tensor packed, std::optional<Tensor> bias, int64_t 
 
   std::atomic<bool> intact{true};
   const int64_t tiles = divide_up(m, kRowTile);
-  const int64_t work = work_of(weight, m), threads = threads_for(work), parts = parts_of(weight, m, threads);
+  const int64_t work = work_of(weight, m), threads = threads_for(work), parts = parts_of(weight, m, threads, kPartWork);
   const auto run = [&](int64_t item) {
     const int64_t part = item / tiles, row = item % tiles * kRowTile;
     if (!kernel.run(p, cut(weight, part, parts), cut(weight, part + 1, parts), row, std::min(row + kRowTile, m))) intact = false;

@@ -8,6 +8,7 @@
 
 #include "decode.h"
 #include "format.h"
+#include "team.h"
 #include "work.h"
 
 namespace tce::sparse_linear {
@@ -107,7 +108,46 @@ struct Shape {
   int64_t queries() const { return tokens * (heads / kv_heads); }  // that a key-value head serves at once
 };
 
-// Products of the same rows of x with several weights, in one parallel region.
+// How the products of a few rows with several weights are split among a team.
+class Split {
+ public:
+  Split(std::initializer_list<const Linear*> linears, int64_t rows, int64_t threads) {
+    int64_t work = 0;
+    for (const Linear* linear : linears) work += work_of(linear->weight, rows);
+    threads = std::min(threads, threads_for(work));
+    for (const Linear* linear : linears) {
+      weights_[count_] = &linear->weight;
+      parts_[count_ + 1] = parts_[count_] + parts_of(linear->weight, rows, threads, kStretchPart);
+      ++count_;
+    }
+  }
+
+  int64_t items() const { return parts_[count_]; }
+  int64_t job_of(int64_t item) const {
+    int64_t job = 0;
+    while (item >= parts_[job + 1]) ++job;
+    return job;
+  }
+  // First panel of an item of this job; of the item after its last, where its panels end.
+  int64_t panel(int64_t job, int64_t item) const { return cut(*weights_[job], item - parts_[job], parts_[job + 1] - parts_[job]); }
+
+  // What a thread of the team reads first.
+  Team::Stretch begin(const Team& team, int64_t thread) const {
+    const int64_t first = team.first(thread, items()), end = team.first(thread + 1, items());
+    if (first == end) return {nullptr, 0};
+    const int64_t job = job_of(first);
+    const Packed& weight = *weights_[job];
+    const int64_t at = weight.offset(panel(job, first));
+    return {weight.data + at, weight.offset(panel(job, std::min(end, parts_[job + 1]))) - at};
+  }
+
+ private:
+  static constexpr int64_t kStretchPart = 32 << 10, kMost = 3;
+  const Packed* weights_[kMost];
+  int64_t parts_[kMost + 1] = {0}, count_ = 0;
+};
+
+// Products of the same rows of x with several weights, in one stage of a team.
 class Products {
  public:
   Products(int64_t rows, int64_t inputs) : rows_(rows), slot_(round_up(inputs, kChunk) * rows), scratch_(kMost * bytes_per_slot()) {}
@@ -117,12 +157,10 @@ class Products {
     float* out;
   };
 
-  void run(Team& team, const float* x, std::initializer_list<Job> jobs) {
+  void run(Team& team, const float* x, std::initializer_list<Job> jobs, const Split& split, const Split& next) {
     Product products[kMost];
     const Variant* kernels[kMost];
-    int64_t parts[kMost + 1] = {0}, work = 0, count = 0;
-    for (const Job& job : jobs) work += work_of(job.linear->weight, rows_);
-    const int64_t threads = threads_for(work);
+    int64_t count = 0;
     for (const Job& job : jobs) {
       const Packed& weight = job.linear->weight;
       Product& p = products[count] = {weight, rows_, nullptr, nullptr, nullptr, 32, job.linear->bias, job.out, Float::fp32};
@@ -138,17 +176,16 @@ class Products {
         p.x_offset = reinterpret_cast<int32_t*>(p.x_scale + slot_ / 32);
         kernels[count]->prepare(p, x, Float::fp32, 0, rows_);
       }
-      parts[count + 1] = parts[count] + parts_of(weight, rows_, threads);
       ++count;
     }
     std::atomic<bool> intact{true};
-    team.each(parts[count], [&](int64_t item) {
-      int64_t job = 0;
-      while (item >= parts[job + 1]) ++job;
-      const Product& p = products[job];
-      const int64_t part = item - parts[job], of = parts[job + 1] - parts[job];
-      if (!kernels[job]->run(p, cut(p.weight, part, of), cut(p.weight, part + 1, of), 0, rows_)) intact = false;
-    });
+    team.each(
+        split.items(),
+        [&](int64_t item) {
+          const int64_t job = split.job_of(item);
+          if (!kernels[job]->run(products[job], split.panel(job, item), split.panel(job, item + 1), 0, rows_)) intact = false;
+        },
+        [&](int64_t thread) { return next.begin(team, thread); });
     STD_TORCH_CHECK(intact, kOp, ": arena must be intact, got a panel whose bitmap and bytes disagree");
   }
 
@@ -192,26 +229,28 @@ class Decoder {
         maximum_(splits_ * shape.rows() * shape.heads),
         sum_(maximum_.size()),
         first_(shape.batch * shape.queries()),
-        last_(first_.size()) {}
+        last_(first_.size()) {
+    if (layers > 0) next_ = open(0);
+  }
 
   void layer(int64_t i, float* hidden) {
-    const int64_t rows = s_.rows(), width = s_.heads * s_.dim, kv_width = s_.kv_heads * s_.dim;
-    const Linear q = arena_.linear(i, kQ, kQBias, width, s_.hidden), k = arena_.linear(i, kK, kKBias, kv_width, s_.hidden);
-    const Linear v = arena_.linear(i, kV, kVBias, kv_width, s_.hidden), o = arena_.linear(i, kO, kOBias, s_.hidden, width);
-    const Linear gate = arena_.linear(i, kGate, kGateBias, s_.inner, s_.hidden), up = arena_.linear(i, kUp, kUpBias, s_.inner, s_.hidden);
-    const Linear down = arena_.linear(i, kDown, kDownBias, s_.hidden, s_.inner);
-
-    if (i + 1 < layers_) arena_.fetch(i + 1);
+    const int64_t rows = s_.rows(), threads = team_.threads();
+    const Layer layer = next_;
+    if (i + 1 < layers_) next_ = open(i + 1);
+    const auto& [q, k, v, o, gate, up, down] = layer;
+    const Split qkv({&q, &k, &v}, rows, threads), out({&o}, rows, threads), wide({&gate, &up}, rows, threads),
+        narrow({&down}, rows, threads);
     norm(i, kInputNorm, hidden);
-    products_.run(team_, normed_.data(), {{&q, q_.data()}, {&k, k_.data()}, {&v, v_.data()}});
+    products_.run(team_, normed_.data(), {{&q, q_.data()}, {&k, k_.data()}, {&v, v_.data()}}, qkv, out);
     cache(i);
-    attend(i);
-    products_.run(team_, attended_.data(), {{&o, delta_.data()}});
+    attend(i, out);
+    products_.run(team_, attended_.data(), {{&o, delta_.data()}}, out, wide);
     steps_.add(hidden, delta_.data(), rows * s_.hidden);
     norm(i, kPostNorm, hidden);
-    products_.run(team_, normed_.data(), {{&gate, gate_.data()}, {&up, up_.data()}});
+    products_.run(team_, normed_.data(), {{&gate, gate_.data()}, {&up, up_.data()}}, wide, narrow);
     steps_.multiply_gate(gate_.data(), up_.data(), gate_kind_, rows * s_.inner);
-    products_.run(team_, gate_.data(), {{&down, delta_.data()}});
+    products_.run(team_, gate_.data(), {{&down, delta_.data()}}, narrow,
+                  i + 1 < layers_ ? Split({&next_.q, &next_.k, &next_.v}, rows, threads) : Split({}, rows, threads));
     steps_.add(hidden, delta_.data(), rows * s_.hidden);
   }
 
@@ -222,9 +261,25 @@ class Decoder {
     std::copy(normed_.begin(), normed_.end(), hidden);
   }
 
-  void head(const Linear& head, const float* hidden, float* logits) { products_.run(team_, hidden, {{&head, logits}}); }
+  void head(const Linear& head, const float* hidden, float* logits) {
+    products_.run(team_, hidden, {{&head, logits}}, Split({&head}, s_.rows(), team_.threads()), Split({}, 0, 1));
+  }
 
  private:
+  struct Layer {
+    Linear q, k, v, o, gate, up, down;
+  };
+
+  // The weights of a layer; asks for the headers of the layer after it, which are cold when their turn comes.
+  Layer open(int64_t i) const {
+    if (i + 1 < layers_) arena_.fetch(i + 1);
+    const int64_t width = s_.heads * s_.dim, kv_width = s_.kv_heads * s_.dim;
+    return {arena_.linear(i, kQ, kQBias, width, s_.hidden),          arena_.linear(i, kK, kKBias, kv_width, s_.hidden),
+            arena_.linear(i, kV, kVBias, kv_width, s_.hidden),       arena_.linear(i, kO, kOBias, s_.hidden, width),
+            arena_.linear(i, kGate, kGateBias, s_.inner, s_.hidden), arena_.linear(i, kUp, kUpBias, s_.inner, s_.hidden),
+            arena_.linear(i, kDown, kDownBias, s_.hidden, s_.inner)};
+  }
+
   void norm(int64_t layer, int part, const float* hidden) {
     const float* weight = arena_.floats(layer, part, s_.hidden);
     STD_TORCH_CHECK(weight, kOp, ": plan must have a norm in each layer, got none in layer ", layer);
@@ -280,7 +335,7 @@ class Decoder {
     return least;
   }
 
-  void attend(int64_t layer) {
+  void attend(int64_t layer, const Split& next) {
     const int64_t dim = s_.dim, queries = s_.queries(), heads = s_.batch * s_.kv_heads, stride = heads * queries;
     const int64_t total = length_ + s_.tokens, begin = see(layer) / kSplit, splits = divide_up(total, kSplit) - begin;
     const int64_t work = heads * (total - begin * kSplit) * dim * 4;
@@ -295,7 +350,7 @@ class Decoder {
     if (threads_for(work) == 1) {
       for (int64_t item = 0; item < heads * splits; ++item) run(item);
     } else {
-      team_.each(heads * splits, run);
+      team_.each(heads * splits, run, [&](int64_t thread) { return next.begin(team_, thread); });
     }
     const int64_t group = s_.heads / s_.kv_heads;
     for (int64_t i = 0; i < stride; ++i) {
@@ -318,6 +373,7 @@ class Decoder {
   const float epsilon_, scale_;
   const Gate gate_kind_;
   Products products_;
+  Layer next_;  // of the layer whose turn it is
   std::vector<float> normed_, q_, k_, v_, query_, attended_, gate_, up_, delta_, partial_, maximum_, sum_;
   std::vector<int64_t> first_, last_;
 };

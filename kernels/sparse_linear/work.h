@@ -5,8 +5,6 @@
 
 #include <algorithm>
 #include <atomic>
-#include <exception>
-#include <thread>
 
 #include "sparse_linear.h"
 
@@ -74,110 +72,14 @@ void for_each_dynamic(int64_t count, int64_t threads, const F& f) {
   for_each_dynamic(count, threads, f, [] {});
 }
 
-// Threads that help one of them, the leader, through many short stages in one parallel region: a region costs microseconds, a stage a tenth
-// of one. The leader waits for items that others have begun, never for others to come: a thread that the machine runs elsewhere delays
-// nobody.
-class Team {
- public:
-  // Calls body(team) once, on the calling thread.
-  template <typename F>
-  static void run(int64_t threads, const F& body) {
-    Team team;
-    if (threads == 1) {
-      body(team);
-      return;
-    }
-    std::exception_ptr error;  // one that leaves a region through the stable ABI loses its message
-    parallel_for(0, threads, 1, [&](int64_t begin, int64_t) {
-      if (begin != 0) return team.help();
-      const Leave leave{team};
-      try {
-        body(team);
-      } catch (...) {
-        error = std::current_exception();
-      }
-    });
-    if (error) std::rethrow_exception(error);
-  }
-
-  // Calls f(index) for 0 <= index < count, the leader and its helpers each taking the next index when done with the last.
-  template <typename F>
-  void each(int64_t count, const F& f) {
-    if (count <= 1) {
-      if (count == 1) f(0);
-      return;
-    }
-    context_ = &f;
-    item_ = [](const void* context, int64_t index) { (*static_cast<const F*>(context))(index); };
-    constexpr int64_t most = kMask;  // what a ticket has numbers for
-    for (first_ = 0; first_ < count; first_ += most) stage(std::min(most, count - first_));
-  }
-
- private:
-  // One stage of `each`: items first_ to first_ + count - 1.
-  void stage(int64_t count) {
-    done_.store(0, std::memory_order_relaxed);
-    stage_ += kStage;
-    ticket_.store(stage_ | static_cast<uint64_t>(count) << kBits, std::memory_order_release);
-    while (take()) {
-    }
-    for (int64_t spins = 0; done_.load(std::memory_order_acquire) != count;) rest(spins);
-  }
-
-  // A ticket is the number of the stage, the count of its items and the next item. With the number in it, no thread takes a ticket of a
-  // stage that has ended.
-  static constexpr int kBits = 20;
-  static constexpr uint64_t kMask = (uint64_t{1} << kBits) - 1, kStage = uint64_t{1} << 2 * kBits;
-
-  struct Leave {
-    Team& team;
-    ~Leave() { team.ended_.store(true, std::memory_order_release); }
-  };
-
-  // Takes an item and does it. False if all are taken.
-  bool take() {
-    uint64_t ticket = ticket_.load(std::memory_order_acquire);
-    do {
-      if ((ticket & kMask) >= (ticket >> kBits & kMask)) return false;
-    } while (!ticket_.compare_exchange_weak(ticket, ticket + 1, std::memory_order_acq_rel));
-    item_(context_, first_ + static_cast<int64_t>(ticket & kMask));
-    done_.fetch_add(1, std::memory_order_release);
-    return true;
-  }
-
-  void help() {
-    for (int64_t spins = 0; !ended_.load(std::memory_order_acquire);) {
-      if (take()) {
-        spins = 0;
-      } else {
-        rest(spins);
-      }
-    }
-  }
-
-  // Watches for some ten microseconds, then lets others run in between. Not by a pause instruction: virtual machines take a row of those
-  // for idleness and stop the processor.
-  static void rest(int64_t& spins) {
-    if (++spins > 20000) std::this_thread::yield();
-  }
-
-  uint64_t stage_ = 0;
-  const void* context_ = nullptr;
-  void (*item_)(const void*, int64_t) = nullptr;
-  int64_t first_ = 0;
-  alignas(64) std::atomic<uint64_t> ticket_{0};
-  alignas(64) std::atomic<int64_t> done_{0};
-  alignas(64) std::atomic<bool> ended_{false};
-};
-
 // Work of a product with m rows of x.
 inline int64_t work_of(const Packed& weight, int64_t m) { return weight.bytes * divide_up(m, 8); }
 inline int64_t threads_for(int64_t work) { return work < kSerialWork ? 1 : torch::stable::get_num_threads(); }
 
-// Parts that a product is split into.
-inline int64_t parts_of(const Packed& weight, int64_t m, int64_t threads) {
+// Parts of so much work each that a product is split into.
+inline int64_t parts_of(const Packed& weight, int64_t m, int64_t threads, int64_t part_work) {
   if (threads == 1) return 1;
-  return std::min({divide_up(weight.panels(), 2), threads * kPartsPerThread, divide_up(work_of(weight, m), kPartWork)});
+  return std::min({divide_up(weight.panels(), 2), threads * kPartsPerThread, divide_up(work_of(weight, m), part_work)});
 }
 
 // First panel of part i of n: parts hold equally many bytes, not equally many panels. An even number, since kernels like pairs.
