@@ -250,7 +250,7 @@ class Decoder {
           steps_.rotate(q, cos, sin, dim);
           // As attention reads them: [batch][key-value head][token][head of the group]
           float* query = query_.data() + (((b * s_.kv_heads + h / group) * s_.tokens + t) * group + h % group) * dim;
-          for (int64_t d = 0; d < dim; ++d) query[d] = q[d] * scale_;
+          std::copy_n(q, dim, query);
         }
         for (int64_t h = 0; h < s_.kv_heads; ++h) {
           float* k = k_.data() + (row * s_.kv_heads + h) * dim;
@@ -287,10 +287,19 @@ class Decoder {
     const auto run = [&](int64_t item) {
       const int64_t head = item / splits, split = item % splits, b = head / s_.kv_heads, at = split * stride + head * queries;
       const int64_t first = (begin + split) * kSplit;
-      steps_.attend({query_.data() + head * queries * dim, block_of(layer, 0, b, head % s_.kv_heads),
-                     block_of(layer, 1, b, head % s_.kv_heads), queries, dim, first, std::min(first + kSplit, total),
-                     first_.data() + b * queries, last_.data() + b * queries, partial_.data() + at * dim, maximum_.data() + at,
-                     sum_.data() + at});
+      const Stretch stretch{queries,
+                            dim,
+                            first,
+                            std::min(first + kSplit, total),
+                            first_.data() + b * queries,
+                            last_.data() + b * queries,
+                            scale_,
+                            0,
+                            partial_.data() + at * dim,
+                            maximum_.data() + at,
+                            sum_.data() + at};
+      steps_.attend(stretch, query_.data() + head * queries * dim, block_of(layer, 0, b, head % s_.kv_heads),
+                    block_of(layer, 1, b, head % s_.kv_heads));
     };
     if (threads_for(work) == 1) {
       for (int64_t item = 0; item < heads * splits; ++item) run(item);
@@ -302,7 +311,7 @@ class Decoder {
       const int64_t head = i / queries, b = head / s_.kv_heads, t = i % queries / group;
       const int64_t h = head % s_.kv_heads * group + i % group;
       float* result = attended_.data() + ((b * s_.tokens + t) * s_.heads + h) * dim;
-      steps_.merge(partial_.data() + i * dim, maximum_.data() + i, sum_.data() + i, splits, stride, dim, result);
+      steps_.join(partial_.data() + i * dim, maximum_.data() + i, sum_.data() + i, splits, stride, dim, result);
     }
   }
 
