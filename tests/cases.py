@@ -1257,8 +1257,8 @@ _DECODE = Case(
                 ("plan must be (layers + 1, 22), got 1-D with 66 elements", replaced(plan=lambda p: p.view(-1))),
                 ("plan must be (layers + 1, 22), got 2-D with 63 elements", replaced(plan=lambda p: p[:, :-1].contiguous())),
                 ("plan must be (layers + 1, 22), got 2-D with 0 elements", replaced(plan=lambda p: p[:0])),
-                ("plan must be contiguous int64 with 57 elements, got Int with 57", replaced(plan=lambda p: p.int())),
-                ("plan must be contiguous int64 with 57 elements, got Long with 57", replaced(plan=lambda p: p.T.contiguous().T)),
+                ("plan must be contiguous int64 with 66 elements, got Int with 66", replaced(plan=lambda p: p.int())),
+                ("plan must be contiguous int64 with 66 elements, got Long with 66", replaced(plan=lambda p: p.T.contiguous().T)),
                 *(
                     ("kv must be contiguous bfloat16 (2, 2, 2, key-value heads, blocks, 16, head size), got " + given, replaced(kv=spoil))
                     for given, spoil in (

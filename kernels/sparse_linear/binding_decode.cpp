@@ -428,7 +428,8 @@ Tensor decode(Tensor hidden, Tensor arena, Tensor vectors, Tensor plan, Tensor c
     Decoder decoder(team, s, layers, parts, static_cast<const float*>(cos.const_data_ptr()),
                     static_cast<const float*>(sin.const_data_ptr()), rows,
                     starts ? static_cast<const int64_t*>(starts->const_data_ptr()) : nullptr, static_cast<uint16_t*>(kv.mutable_data_ptr()),
-                    length, static_cast<float>(epsilon), static_cast<float>(scale), static_cast<float>(softcap), activation == "silu" ? Gate::silu : Gate::gelu_tanh);
+                    length, static_cast<float>(epsilon), static_cast<float>(scale), static_cast<float>(softcap),
+                    activation == "silu" ? Gate::silu : Gate::gelu_tanh);
     for (int64_t i = 0; i < layers; ++i) decoder.layer(i, state.data());
     decoder.finish(layers, state.data());
     if (head) decoder.head(parts.linear(layers, 1, -1, vocabulary, s.hidden), state.data(), logits.data());

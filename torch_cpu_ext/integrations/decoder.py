@@ -477,13 +477,13 @@ class FusedDecoder(Replacement):
             self._angles = cos, sin
 
 
-def _activation(config: Any) -> str | None:
+def _activation(config: Any) -> str:
     """What the MLP's gate goes through; Gemma 2 and 3 have their own name for it."""
-    own: str | None = config.hidden_act if hasattr(config, "hidden_act") else config.hidden_activation
+    own: str = config.hidden_act if hasattr(config, "hidden_act") else config.hidden_activation
     return own
 
 
-def _softcap(attention: nn.Module) -> float:
+def _softcap(attention: Any) -> float:
     """Of the scores; 0 if there is none. Gemma 3 has the field and does not use it."""
     return float(attention.attn_logit_softcapping or 0) if type(attention).__name__ == "Gemma2Attention" else 0.0
 
@@ -491,10 +491,10 @@ def _softcap(attention: nn.Module) -> float:
 def _ropes(config: Any) -> list[str | None]:
     """The kinds of layers that have rotary embeddings of their own, in a fixed order; [None] if all share one."""
     kinds = [kind for kind, rope in (config.rope_parameters or {}).items() if isinstance(rope, dict) and kind in config.layer_types]
-    return sorted(kinds) or [None]  # type: ignore[return-value]
+    return [*sorted(kinds)] or [None]
 
 
-def _rope(layer: nn.Module, config: Any) -> int:
+def _rope(layer: Any, config: Any) -> int:
     """Which of `_ropes` a layer has; -1 if it does not rotate."""
     if not getattr(layer.self_attn, "use_rope", True):
         return -1

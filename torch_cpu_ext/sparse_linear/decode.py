@@ -80,10 +80,10 @@ def decode(
         arena: 1-D uint8: all packed weights, as `pack` makes them.
         vectors: 1-D float32: all norms and biases.
         plan: int64 ``(layers + 1, 22)``: where each of `PARTS` begins in ``arena`` (bytes) or ``vectors`` (elements), -1 where a layer has
-            none. ``post_norm`` is the norm before the MLP; ``attention_norm`` and ``mlp_norm`` are of what attention and MLP give, before it
-            is added. In ``window`` the tokens that a query sees, itself included (a sliding window), -1 for all; in ``rope`` what is added to
-            ``positions`` in this layer, -1 where it does not rotate. The last line has the final norm and the packed output embedding in its
-            first two columns, -1 to leave them out.
+            none. ``post_norm`` is the norm before the MLP; ``attention_norm`` and ``mlp_norm`` are of what attention and MLP give, before
+            it is added. In ``window``: the tokens that a query sees, itself included (a sliding window), -1 for all. In ``rope``: what is
+            added to ``positions`` in this layer, -1 where it does not rotate. The last line has the final norm and the packed output
+            embedding in its first two columns, -1 to leave them out.
         cos: float32 ``(lines, head_dim / 2)``, of the rotary embedding: a line for each position, or several, for layers that differ.
         sin: likewise.
         positions: int64 ``(batch, tokens)``, lines of ``cos`` and ``sin``.
@@ -295,7 +295,8 @@ def _decode_reference(
 
 define(
     f"{_OP}(Tensor hidden, Tensor arena, Tensor vectors, Tensor plan, Tensor cos, Tensor sin, Tensor positions, Tensor? starts, "
-    'Tensor(a!) kv, int length, *, int heads, int inner, float epsilon, float scale, str activation="silu", int vocabulary=0, float softcap=0.0) -> Tensor',
+    "Tensor(a!) kv, int length, *, int heads, int inner, float epsilon, float scale, "
+    'str activation="silu", int vocabulary=0, float softcap=0.0) -> Tensor',
     fake=_decode_fake,
     reference=_decode_reference,
 )
