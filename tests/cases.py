@@ -1021,7 +1021,7 @@ _ATTEND = Case(
 PLAN = (  # columns, as kernels/sparse_linear/binding_decode.cpp has them
     *("input_norm", "q", "k", "v", "o", "post_norm", "gate", "up", "down", "q_norm", "k_norm"),
     *("q_bias", "k_bias", "v_bias", "o_bias", "gate_bias", "up_bias", "down_bias", "window"),
-    *("attention_norm", "mlp_norm", "rope"),
+    *("attention_norm", "mlp_norm", "rope", "q_norm_all", "k_norm_all"),
 )
 # A sum that is off by its last bit can round to the next code or the next bfloat16, and that error is carried through the rest: the bound
 # is this share of the largest magnitude of a row. Rarely is there one at all; test_decode.py says how rarely.
@@ -1059,7 +1059,9 @@ def decode_sample(
     vocabulary: int = 0,
     activation: str = "silu",
     final_norm: bool = True,
+    norms_before: bool = True,
     norms_after: bool = False,
+    qk_norm_all: bool = False,
     ropes: tuple[int, ...] = (0,),
     softcap: float = 0.0,
 ) -> Sample:
@@ -1089,10 +1091,12 @@ def decode_sample(
         **{"gate": (inner, hidden), "up": (inner, hidden), "down": (hidden, inner)},
     }
     for layer in range(layers):
-        for part in ("input_norm", "post_norm", *(("attention_norm", "mlp_norm") if norms_after else ())):
+        for part in (*(("input_norm", "post_norm") if norms_before else ()), *(("attention_norm", "mlp_norm") if norms_after else ())):
             add_vector(layer, part, torch.rand(hidden, generator=generator) + 0.5)
         for part in ("q_norm", "k_norm") if qk_norm else ():
             add_vector(layer, part, torch.rand(dim, generator=generator) + 0.5)
+        for part in ("q", "k") if qk_norm_all else ():
+            add_vector(layer, f"{part}_norm_all", torch.rand(sizes[part][0], generator=generator) + 0.5)
         for part, (outputs, inputs) in sizes.items():
             add_weight(layer, part, outputs, inputs)
             if bias:
@@ -1141,7 +1145,7 @@ def decode_sample(
         x = hidden_states.double().numpy()
         for layer in range(layers):
             y = norm(x, layer, "input_norm")
-            q, k, v = (linear(y, layer, part).reshape(batch, tokens, -1, dim) for part in "qkv")
+            q, k, v = (norm(linear(y, layer, part), layer, f"{part}_norm_all").reshape(batch, tokens, -1, dim) for part in "qkv")
             q, k = norm(q, layer, "q_norm"), norm(k, layer, "k_norm")
             attended = np.zeros(q.shape)
             rope = ropes[layer % len(ropes)]
@@ -1200,10 +1204,12 @@ def _decode_samples() -> list[Sample]:
         layout = LAYOUTS[len(samples) % 2]
         samples.append(decode_sample(dtype=dtype, layout=layout, length=length, starts=padding, **shape))
     samples.append(decode_sample(layers=0, vocabulary=40))
-    for dtype, length in itertools.product(("fp32", "int8"), (0, 17, 130)):  # Gemma 2, Gemma 3, SmolLM3
+    for dtype, length in itertools.product(("fp32", "int8"), (0, 17, 130)):  # Gemma 2, Gemma 3, SmolLM3, Olmo 2
         gemma = {"norms_after": True, "activation": "gelu_tanh", "windows": (9, -1), "dtype": dtype, "length": length}
         samples.append(decode_sample(batch=2, tokens=2, softcap=0.7, hidden=70, **gemma))
         samples.append(decode_sample(tokens=3, qk_norm=True, ropes=(0, 1), starts=(length // 2,), **gemma))
+        olmo = {"norms_before": False, "norms_after": True, "qk_norm_all": True}
+        samples.append(decode_sample(batch=2, tokens=3, dim=48, heads=6, kv_heads=2, dtype=dtype, length=length, **olmo))
         samples.append(decode_sample(layers=3, batch=3, ropes=(-1, 0), dtype=dtype, length=length))
     return samples
 
@@ -1254,11 +1260,11 @@ _DECODE = Case(
                 ("vectors must be contiguous 1-D float32, got 1-D Double", replaced(vectors=lambda v: v.double())),
                 ("vectors must be contiguous 1-D float32, got 2-D Float", replaced(vectors=lambda v: v[None])),
                 ("vectors must be contiguous 1-D float32, got 1-D Float", replaced(vectors=lambda v: v[::2])),
-                ("plan must be (layers + 1, 22), got 1-D with 66 elements", replaced(plan=lambda p: p.view(-1))),
-                ("plan must be (layers + 1, 22), got 2-D with 63 elements", replaced(plan=lambda p: p[:, :-1].contiguous())),
-                ("plan must be (layers + 1, 22), got 2-D with 0 elements", replaced(plan=lambda p: p[:0])),
-                ("plan must be contiguous int64 with 66 elements, got Int with 66", replaced(plan=lambda p: p.int())),
-                ("plan must be contiguous int64 with 66 elements, got Long with 66", replaced(plan=lambda p: p.T.contiguous().T)),
+                ("plan must be (layers + 1, 24), got 1-D with 72 elements", replaced(plan=lambda p: p.view(-1))),
+                ("plan must be (layers + 1, 24), got 2-D with 69 elements", replaced(plan=lambda p: p[:, :-1].contiguous())),
+                ("plan must be (layers + 1, 24), got 2-D with 0 elements", replaced(plan=lambda p: p[:0])),
+                ("plan must be contiguous int64 with 72 elements, got Int with 72", replaced(plan=lambda p: p.int())),
+                ("plan must be contiguous int64 with 72 elements, got Long with 72", replaced(plan=lambda p: p.T.contiguous().T)),
                 *(
                     ("kv must be contiguous bfloat16 (2, 2, 2, key-value heads, blocks, 16, head size), got " + given, replaced(kv=spoil))
                     for given, spoil in (

@@ -68,10 +68,11 @@ struct Reader {
 
   bool expanded(int64_t i) const { return i < count && page_bytes != block_bytes(head_dim); }
 
+  const uint8_t* place(int64_t i) const { return i < count ? pages + i * page_bytes : tail + (i - count) * block_bytes(head_dim); }
+
   // A block, or a sparse page from which it is safe to expand.
   const uint8_t* at(int64_t i) const {
-    if (i >= count) return tail + (i - count) * block_bytes(head_dim);
-    const uint8_t* page = pages + i * page_bytes;
+    const uint8_t* page = place(i);
     if (!expanded(i)) return page;
     // Whatever the bitmap says, no more than a full one asks for is read; at the end of the pages that has to be from a copy.
     if ((count - i) * page_bytes < 2 * head_dim + block_bytes(head_dim) + kTail) {
@@ -99,7 +100,7 @@ struct PageSource {
   template <typename T>
   bool score(int64_t i, const Stretch& a, const typename T::X* q, float* scores, int64_t stride) const {
     if (!k.expanded(i)) {
-      score_block<T>(k.at(i), v.at(i), a, q, scores, stride);
+      score_block<T>(k.place(i), v.place(i), a, q, scores, stride);
       return true;
     }
     const int64_t count = block_rows(a.dim);

@@ -44,6 +44,8 @@ enum Part {
   kAttentionNorm,  // of what attention adds
   kMlpNorm,        // of what the MLP adds
   kRope,
+  kQNormAll,  // of all heads together
+  kKNormAll,
   kParts
 };
 
@@ -207,14 +209,14 @@ class Decoder {
     const Linear down = arena_.linear(i, kDown, kDownBias, s_.hidden, s_.inner);
 
     if (i + 1 < layers_) arena_.fetch(i + 1);
-    norm(i, kInputNorm, hidden);
+    norm(i, kInputNorm, kAttentionNorm, hidden);
     products_.run(team_, normed_.data(), {{&q, q_.data()}, {&k, k_.data()}, {&v, v_.data()}});
     cache(i);
     attend(i);
     products_.run(team_, attended_.data(), {{&o, delta_.data()}});
     norm_delta(i, kAttentionNorm);
     steps_.add(hidden, delta_.data(), rows * s_.hidden);
-    norm(i, kPostNorm, hidden);
+    norm(i, kPostNorm, kMlpNorm, hidden);
     products_.run(team_, normed_.data(), {{&gate, gate_.data()}, {&up, up_.data()}});
     steps_.multiply_gate(gate_.data(), up_.data(), gate_kind_, rows * s_.inner);
     products_.run(team_, gate_.data(), {{&down, delta_.data()}});
@@ -225,16 +227,21 @@ class Decoder {
   // The final norm, if the last line of the plan has one.
   void finish(int64_t layers, float* hidden) {
     if (arena_.at(layers, 0) < 0) return;
-    norm(layers, 0, hidden);
+    norm(layers, 0, 0, hidden);
     std::copy(normed_.begin(), normed_.end(), hidden);
   }
 
   void head(const Linear& head, const float* hidden, float* logits) { products_.run(team_, hidden, {{&head, logits}}); }
 
  private:
-  void norm(int64_t layer, int part, const float* hidden) {
+  // Before attention or MLP; may be missing where there is a norm after it, `after`.
+  void norm(int64_t layer, int part, int after, const float* hidden) {
     const float* weight = arena_.floats(layer, part, s_.hidden);
-    STD_TORCH_CHECK(weight, kOp, ": plan must have a norm in each layer, got none in layer ", layer);
+    if (!weight) {
+      STD_TORCH_CHECK(arena_.at(layer, after) >= 0, kOp, ": plan must have a norm in each layer, got none in layer ", layer);
+      std::copy_n(hidden, normed_.size(), normed_.data());
+      return;
+    }
     for (int64_t r = 0; r < s_.rows(); ++r)
       steps_.rms_norm(hidden + r * s_.hidden, weight, epsilon_, s_.hidden, normed_.data() + r * s_.hidden);
   }
@@ -256,12 +263,16 @@ class Decoder {
   // Norms and rotates the queries and keys, where the layer does; writes keys and values to the cache.
   void cache(int64_t layer) {
     const float *q_norm = arena_.floats(layer, kQNorm, s_.dim), *k_norm = arena_.floats(layer, kKNorm, s_.dim);
+    const int64_t width = s_.heads * s_.dim, kv_width = s_.kv_heads * s_.dim;
+    const float *q_all = arena_.floats(layer, kQNormAll, width), *k_all = arena_.floats(layer, kKNormAll, kv_width);
     const int64_t dim = s_.dim, half = dim / 2, group = s_.heads / s_.kv_heads, rope = arena_.at(layer, kRope);
     for (int64_t b = 0; b < s_.batch; ++b) {
       for (int64_t t = 0; t < s_.tokens; ++t) {
         const int64_t row = b * s_.tokens + t, slot = length_ + t, in_block = slot % kBlockTokens;
         const int64_t line = positions_[row] + std::max(rope, int64_t{0});
         const float *cos = cos_ + line * half, *sin = sin_ + line * half;
+        if (q_all) steps_.rms_norm(q_.data() + row * width, q_all, epsilon_, width, q_.data() + row * width);
+        if (k_all) steps_.rms_norm(k_.data() + row * kv_width, k_all, epsilon_, kv_width, k_.data() + row * kv_width);
         for (int64_t h = 0; h < s_.heads; ++h) {
           float* q = q_.data() + (row * s_.heads + h) * dim;
           if (q_norm) steps_.rms_norm(q, q_norm, epsilon_, dim, q);

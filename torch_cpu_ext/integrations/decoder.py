@@ -23,15 +23,11 @@ from ..sparse_linear.decode import BLOCK, MAX_ROWS, PARTS, decode, read_cache, w
 
 # Stacks of layers that are norm, attention, norm, gated MLP, each with its residual, and the norms' way with their weight.
 MODELS = (
-    *("LlamaModel", "MistralModel", "Qwen2Model", "Qwen3Model", "SmolLM3Model"),
+    *("LlamaModel", "MistralModel", "Qwen2Model", "Qwen3Model", "SmolLM3Model", "Olmo2Model", "Olmo3Model"),
     *("GemmaModel", "Gemma2Model", "Gemma3TextModel"),
 )
 # Stacks that come close, and what the op does not have for them.
-OTHERS = {
-    "Phi3Model": "its projections are fused (qkv_proj, gate_up_proj)",
-    "Olmo2Model": "its query and key norms reach over all heads, and its layers begin without a norm",
-    "Olmo3Model": "its query and key norms reach over all heads, and its layers begin without a norm",
-}
+OTHERS = {"Phi3Model": "its projections are fused (qkv_proj, gate_up_proj)"}
 _ATTENTION = ("sdpa", "eager")
 _ACTIVATIONS = {"silu": "silu", "swish": "silu", "gelu_pytorch_tanh": "gelu_tanh"}
 _FIXED_ROPES = ("default", "linear", "llama3", "yarn", "proportional")  # angles that depend on the position alone
@@ -56,7 +52,7 @@ _NORMS = {
     "q_norm": "self_attn.q_norm",
     "k_norm": "self_attn.k_norm",
 }
-_MORE_NORMS = _NORMS | {  # of layers that have norms after attention and MLP, too
+_MORE_NORMS = _NORMS | {  # of layers that have norms after attention and MLP; Olmo 2 and 3 have no others
     "attention_norm": "post_attention_layernorm",
     "post_norm": "pre_feedforward_layernorm",
     "mlp_norm": "post_feedforward_layernorm",
@@ -412,11 +408,12 @@ class FusedDecoder(Replacement):
                 yield index, part, linear.packed
                 if linear.bias is not None:
                     yield index, f"{part}_bias", linear.bias.detach().float()
-            for part, name in (_MORE_NORMS if hasattr(layer, "pre_feedforward_layernorm") else _NORMS).items():
+            for part, name in (_MORE_NORMS if hasattr(layer, "post_feedforward_layernorm") else _NORMS).items():
                 holder, _, leaf = name.rpartition(".")
                 norm = getattr(layer.get_submodule(holder), leaf, None)
                 if norm is not None:
-                    yield index, part, norm.weight.detach().float() + centre
+                    every = part in ("q_norm", "k_norm") and norm.weight.numel() != layer.self_attn.head_dim
+                    yield index, f"{part}_all" if every else part, norm.weight.detach().float() + centre
         yield len(self.layers), PARTS[0], self.norm.weight.detach().float() + centre
 
     def _fingerprint(self) -> list[tuple[Any, int]]:
@@ -499,7 +496,7 @@ def _rope(layer: Any, config: Any) -> int:
     if not getattr(layer.self_attn, "use_rope", True):
         return -1
     kinds = _ropes(config)
-    return 0 if kinds == [None] else kinds.index(layer.self_attn.layer_type)
+    return 0 if kinds == [None] else kinds.index(config.layer_types[layer.self_attn.layer_idx])
 
 
 def _window(layer: nn.Module, config: Any) -> int | None:

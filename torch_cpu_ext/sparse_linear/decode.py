@@ -17,7 +17,7 @@ from .ops import _HEADER, _check_float, _linear_reference, _read_header, _type_n
 PARTS = (
     *("input_norm", "q", "k", "v", "o", "post_norm", "gate", "up", "down", "q_norm", "k_norm"),
     *("q_bias", "k_bias", "v_bias", "o_bias", "gate_bias", "up_bias", "down_bias", "window"),
-    *("attention_norm", "mlp_norm", "rope"),
+    *("attention_norm", "mlp_norm", "rope", "q_norm_all", "k_norm_all"),
 )
 MAX_ROWS = 8
 BLOCK = 16  # tokens
@@ -79,9 +79,10 @@ def decode(
         hidden: the new tokens, ``(batch, tokens, hidden_size)``, float32, bfloat16 or float16; ``batch * tokens`` from 1 to 8.
         arena: 1-D uint8: all packed weights, as `pack` makes them.
         vectors: 1-D float32: all norms and biases.
-        plan: int64 ``(layers + 1, 22)``: where each of `PARTS` begins in ``arena`` (bytes) or ``vectors`` (elements), -1 where a layer has
+        plan: int64 ``(layers + 1, 24)``: where each of `PARTS` begins in ``arena`` (bytes) or ``vectors`` (elements), -1 where a layer has
             none. ``post_norm`` is the norm before the MLP; ``attention_norm`` and ``mlp_norm`` are of what attention and MLP give, before
-            it is added. In ``window``: the tokens that a query sees, itself included (a sliding window), -1 for all. In ``rope``: what is
+            it is added, and with them the norms before may be missing; ``q_norm`` and ``k_norm`` are of each head, ``q_norm_all`` and
+            ``k_norm_all`` of all heads together. In ``window``: the tokens that a query sees, itself included (a sliding window), -1 for all. In ``rope``: what is
             added to ``positions`` in this layer, -1 where it does not rotate. The last line has the final norm and the packed output
             embedding in its first two columns, -1 to leave them out.
         cos: float32 ``(lines, head_dim / 2)``, of the rotary embedding: a line for each position, or several, for layers that differ.
@@ -267,11 +268,11 @@ def _decode_reference(
         seen = seen & (slots >= starts[:, None, None])
     x = hidden.float()
     for layer, at in enumerate(offsets[:-1]):
-        for part in ("input_norm", "post_norm"):
-            check(at[part] >= 0, "plan must have a norm in each layer", f"none in layer {layer}")
+        for part, after in (("input_norm", "attention_norm"), ("post_norm", "mlp_norm")):
+            check(at[part] >= 0 or at[after] >= 0, "plan must have a norm in each layer", f"none in layer {layer}")
         y = norm(x, at["input_norm"])
-        q = linear(y, at["q"], heads * dim, at["q_bias"]).view(batch, tokens, heads, dim)
-        k = linear(y, at["k"], kv_heads * dim, at["k_bias"]).view(batch, tokens, kv_heads, dim)
+        q = norm(linear(y, at["q"], heads * dim, at["q_bias"]), at["q_norm_all"]).view(batch, tokens, heads, dim)
+        k = norm(linear(y, at["k"], kv_heads * dim, at["k_bias"]), at["k_norm_all"]).view(batch, tokens, kv_heads, dim)
         v = linear(y, at["v"], kv_heads * dim, at["v_bias"]).view(batch, tokens, kv_heads, dim)
         q, k = rotate(norm(q, at["q_norm"]), at["rope"]), rotate(norm(k, at["k_norm"]), at["rope"])
         write_cache(kv[layer : layer + 1], length, torch.stack([k, v]).transpose(2, 3)[None])
