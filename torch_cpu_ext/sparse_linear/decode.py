@@ -82,9 +82,9 @@ def decode(
         plan: int64 ``(layers + 1, 24)``: where each of `PARTS` begins in ``arena`` (bytes) or ``vectors`` (elements), -1 where a layer has
             none. ``post_norm`` is the norm before the MLP; ``attention_norm`` and ``mlp_norm`` are of what attention and MLP give, before
             it is added, and with them the norms before may be missing; ``q_norm`` and ``k_norm`` are of each head, ``q_norm_all`` and
-            ``k_norm_all`` of all heads together. In ``window``: the tokens that a query sees, itself included (a sliding window), -1 for all. In ``rope``: what is
-            added to ``positions`` in this layer, -1 where it does not rotate. The last line has the final norm and the packed output
-            embedding in its first two columns, -1 to leave them out.
+            ``k_norm_all`` of all heads together. In ``window``: the tokens that a query sees, itself included (a sliding window), -1 for
+            all. In ``rope``: what is added to ``positions`` in this layer, -1 where it does not rotate. The last line has the final norm
+            and the packed output embedding in its first two columns, -1 to leave them out.
         cos: float32 ``(lines, head_dim / 2)``, of the rotary embedding: a line for each position, or several, for layers that differ.
         sin: likewise.
         positions: int64 ``(batch, tokens)``, lines of ``cos`` and ``sin``.
