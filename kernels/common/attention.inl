@@ -2,8 +2,8 @@
 //
 //   X                    what queries and weights are multiplied as, float or bf16 (uint16_t)
 //   of(value)            a float as X
-//   put(to, weights)     sixteen floats as X
-//   add(sum, row, x)     sixteen sums plus the pairs of bf16 of a row times the two at x
+//   put(to, weights)     a vector of floats as X
+//   add(sum, row, x)     sums plus the pairs of bf16 of a row times the two at x, a vector of each
 //   kRows, kSums         queries that one pass takes at most, 1 or 4; independent sums it should keep, at most 8
 //
 // Where the blocks come from is a source S, which knows its keys and values:
@@ -13,10 +13,42 @@
 //
 // Both return false if the block is damaged.
 
-template <int Rows, int Sums>
+// A row of a block, sixteen pairs of bf16; and as many sums.
+constexpr int64_t kWide = 16;
+constexpr int kParts = kWide / kLanes;
+struct Row {
+  Integers part[kParts];
+};
+struct Sums {
+  Vector part[kParts];
+};
+
+static Row load_row(const uint8_t* from) {
+  Row row;
+  for (int i = 0; i < kParts; ++i) row.part[i] = reinterpret_cast<Integers>(load_vector(from + i * kVectorBytes));
+  return row;
+}
+
+static Sums load_sums(const float* from) {
+  Sums sums;
+  for (int i = 0; i < kParts; ++i) sums.part[i] = load_vector(from + i * kLanes);
+  return sums;
+}
+
+static void store_sums(float* to, const Sums& sums) {
+  for (int i = 0; i < kParts; ++i) store_vector(to + i * kLanes, sums.part[i]);
+}
+
+// sums plus a row times the two at x.
+template <typename T>
+static void add_row(Sums& sums, const Row& row, const typename T::X* x) {
+  for (int i = 0; i < kParts; ++i) sums.part[i] = T::add(sums.part[i], row.part[i], x);
+}
+
+template <int MostRows, int MostSums>
 struct Exact {
   using X = float;
-  static constexpr int kRows = Rows, kSums = Sums;
+  static constexpr int kRows = MostRows, kSums = MostSums;
 
   static X of(float value) { return value; }
   static void put(X* to, Vector weights) { store_vector(to, weights); }
@@ -24,8 +56,8 @@ struct Exact {
 };
 
 // Queries and weights rounded to bf16, as where the machine multiplies bf16.
-template <int Rows, int Sums>
-struct Rounded : Exact<Rows, Sums> {
+template <int MostRows, int MostSums>
+struct Rounded : Exact<MostRows, MostSums> {
   static float of(float value) { return bf16_to_float(float_to_bf16(value)); }
   static void put(float* to, Vector weights) { store_vector(to, reinterpret_cast<Vector>(round_bf16(weights))); }
 };
@@ -42,8 +74,8 @@ struct NearRows {
   const uint8_t* at;
 
   template <int U>
-  void take(Integers (&row)[U]) {
-    for (int u = 0; u < U; ++u, at += kBlockRow) row[u] = reinterpret_cast<Integers>(load_vector(at));
+  void take(Row (&row)[U]) {
+    for (int u = 0; u < U; ++u, at += kBlockRow) row[u] = load_row(at);
   }
 };
 
@@ -52,11 +84,11 @@ struct FarRows {
   const uint8_t *at, *other;
 
   template <int U>
-  void take(Integers (&row)[U]) {
+  void take(Row (&row)[U]) {
     for (int u = 0; u < U; ++u, at += kBlockRow, other += kBlockRow) {
       ahead(at);
       fetch(other);
-      row[u] = reinterpret_cast<Integers>(load_vector(at));
+      row[u] = load_row(at);
     }
   }
 };
@@ -77,18 +109,20 @@ static void for_rows(int64_t rows, const F& f) {
 template <typename T, int M, typename Rows>
 static Rows score_rows(Rows keys, int64_t count, const typename T::X* q, int64_t dim, float* scores, int64_t stride) {
   constexpr int U = T::kSums > M ? T::kSums / M : 1;
-  Vector sum[M][U];
+  Sums sum[M][U];
   for (int m = 0; m < M; ++m)
-    for (int u = 0; u < U; ++u) sum[m][u] = Vector{};  // gcc clears a whole array by a slow string instruction
+    for (int u = 0; u < U; ++u)
+      for (Vector& part : sum[m][u].part) part = Vector{};  // gcc clears a whole array by a slow string instruction
   for (int64_t first = 0; first < count; first += U) {
-    Integers row[U];
+    Row row[U];
     keys.take(row);
     for (int u = 0; u < U; ++u)
-      for (int m = 0; m < M; ++m) sum[m][u] = T::add(sum[m][u], row[u], q + m * dim + 2 * (first + u));
+      for (int m = 0; m < M; ++m) add_row<T>(sum[m][u], row[u], q + m * dim + 2 * (first + u));
   }
   for (int m = 0; m < M; ++m) {
-    for (int u = 1; u < U; ++u) sum[m][0] += sum[m][u];
-    store_vector(scores + m * stride, sum[m][0]);
+    for (int u = 1; u < U; ++u)
+      for (int i = 0; i < kParts; ++i) sum[m][0].part[i] += sum[m][u].part[i];
+    store_sums(scores + m * stride, sum[m][0]);
   }
   return keys;
 }
@@ -98,26 +132,26 @@ static Rows score_rows(Rows keys, int64_t count, const typename T::X* q, int64_t
 template <typename T, int M, int G>
 static void mix_groups(const uint8_t* block, int64_t groups, const typename T::X* weights, int64_t stride, float* sums, int64_t dim) {
   for (int64_t g = 0; g < groups; g += G) {
-    Vector sum[M][G];
+    Sums sum[M][G];
     for (int m = 0; m < M; ++m)
-      for (int i = 0; i < G; ++i) sum[m][i] = load_vector(sums + m * dim + (g + i) * kLanes);
+      for (int i = 0; i < G; ++i) sum[m][i] = load_sums(sums + m * dim + (g + i) * kWide);
     for (int64_t pair = 0; pair < kBlockTokens / 2; ++pair) {
       for (int i = 0; i < G; ++i) {
         const uint8_t* at = block + (pair * groups + g + i) * kBlockRow;
         ahead(at);
-        const Integers row = reinterpret_cast<Integers>(load_vector(at));
-        for (int m = 0; m < M; ++m) sum[m][i] = T::add(sum[m][i], row, weights + m * stride + 2 * pair);
+        const Row row = load_row(at);
+        for (int m = 0; m < M; ++m) add_row<T>(sum[m][i], row, weights + m * stride + 2 * pair);
       }
     }
     for (int m = 0; m < M; ++m)
-      for (int i = 0; i < G; ++i) store_vector(sums + m * dim + (g + i) * kLanes, sum[m][i]);
+      for (int i = 0; i < G; ++i) store_sums(sums + m * dim + (g + i) * kWide, sum[m][i]);
   }
 }
 
 // The same with the largest G that divides the groups and has registers.
 template <typename T, int M, int G = std::min<int>(T::kSums, std::bit_floor<unsigned>(2 * T::kSums / M))>
 static void mix_rows(const uint8_t* block, const typename T::X* weights, int64_t stride, float* sums, int64_t dim) {
-  const int64_t groups = dim / kLanes;
+  const int64_t groups = dim / kWide;
   if constexpr (G > 1) {
     if (groups % G != 0) return mix_rows<T, M, G / 2>(block, weights, stride, sums, dim);
   }
@@ -144,7 +178,8 @@ static void weigh(const Stretch& a, int64_t row, int64_t begin, int64_t width, f
   constexpr float none = -__builtin_inff();
   const auto from = static_cast<int32_t>(std::clamp(a.first[row] - begin, int64_t{0}, width));
   const auto to = static_cast<int32_t>(std::clamp(a.last[row] - begin, int64_t{0}, width));
-  const Integers lanes = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+  Integers lanes;
+  for (int i = 0; i < kLanes; ++i) lanes[i] = i;
   const float narrow = a.cap != 0 ? 2 / a.cap : 0;
   Vector most = Vector{} + none, sum = {};
   for (int32_t i = 0; i < width; i += kLanes) {

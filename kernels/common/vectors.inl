@@ -1,11 +1,9 @@
-// Vectors of sixteen floats for code that every instruction set compiles inside its own region and namespace; the compiler splits them
-// where the machine's are shorter.
+// Vectors of floats for code that every instruction set compiles inside its own region and namespace. The including file says how long
+// those of the machine are, constexpr int kVectorBytes: gcc 12 makes code several times slower of vectors that it has to split.
 
-#pragma GCC diagnostic ignored "-Wpsabi"  // of vectors longer than the machine's, which stay inside their file
-
-using Vector = float __attribute__((vector_size(64)));
-using Integers = int32_t __attribute__((vector_size(64)));
-constexpr int kLanes = 16;
+using Vector = float __attribute__((vector_size(kVectorBytes)));
+using Integers = int32_t __attribute__((vector_size(kVectorBytes)));
+constexpr int kLanes = kVectorBytes / 4;
 
 static Vector load_vector(const void* from) {
   Vector value;

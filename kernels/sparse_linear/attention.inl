@@ -24,7 +24,7 @@ struct PageRows {
   PageRows(const uint8_t* page, int64_t rows) : words(page), values(page + rows * 4) {}
 
   template <int U>
-  void take(Integers (&row)[U]) {
+  void take(Row (&row)[U]) {
     for (int u = 0; u < U; u += 2, words += 8) T::expand_pair(words, values, row + u);
   }
 };
@@ -34,15 +34,15 @@ struct PageRows {
 template <typename T, int M, typename Rows>
 static Rows mix_page(Rows page, int64_t groups, const typename T::X* weights, int64_t stride, float* sums, int64_t dim) {
   for (int64_t g = 0; g < groups; ++g) {
-    Vector sum[M];
-    for (int m = 0; m < M; ++m) sum[m] = load_vector(sums + m * dim + g * kLanes);
+    Sums sum[M];
+    for (int m = 0; m < M; ++m) sum[m] = load_sums(sums + m * dim + g * kWide);
     for (int pair = 0; pair < kPairsInBlock; pair += 2) {
-      Integers row[2];
+      Row row[2];
       page.take(row);
       for (int i = 0; i < 2; ++i)
-        for (int m = 0; m < M; ++m) sum[m] = T::add(sum[m], row[i], weights + m * stride + 2 * (pair + i));
+        for (int m = 0; m < M; ++m) add_row<T>(sum[m], row[i], weights + m * stride + 2 * (pair + i));
     }
-    for (int m = 0; m < M; ++m) store_vector(sums + m * dim + g * kLanes, sum[m]);
+    for (int m = 0; m < M; ++m) store_sums(sums + m * dim + g * kWide, sum[m]);
   }
   return page;
 }
@@ -121,7 +121,7 @@ struct PageSource {
 
   template <typename T>
   bool mix(int64_t i, const Stretch& a, const typename T::X* weights, int64_t stride) const {
-    const int64_t groups = a.dim / kLanes;
+    const int64_t groups = a.dim / kWide;
     const bool whole = i * kBlockTokens >= begin && (i + 1) * kBlockTokens <= end;
     if constexpr (T::kPairs) {
       if (v.expanded(i) && whole && a.rows <= T::kRows) {
@@ -153,7 +153,7 @@ struct PageSource {
       for (int64_t token = 0; token < 2; ++token) {
         const int64_t at = i * kBlockTokens + 2 * pair + token;
         if (at >= begin && at < end) continue;
-        for (int64_t j = 0; j < kLanes; ++j) std::memset(v.buffer + row * kBlockRow + j * 4 + token * 2, 0, 2);
+        for (int64_t j = 0; j < kWide; ++j) std::memset(v.buffer + row * kBlockRow + j * 4 + token * 2, 0, 2);
       }
     }
     return v.buffer;

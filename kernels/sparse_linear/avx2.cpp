@@ -15,6 +15,7 @@
 
 namespace tce::sparse_linear::avx2 {
 
+constexpr int kVectorBytes = 32;
 #include "../common/vectors.inl"
 #include "../common/attention.inl"
 #include "sparse_linear.inl"

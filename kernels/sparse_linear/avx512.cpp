@@ -15,6 +15,7 @@
 
 namespace tce::sparse_linear::avx512 {
 
+constexpr int kVectorBytes = 64;
 #include "../common/vectors.inl"
 #include "../common/attention.inl"
 #include "sparse_linear.inl"

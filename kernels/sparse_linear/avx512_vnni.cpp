@@ -13,6 +13,7 @@
 
 namespace tce::sparse_linear::avx512_vnni {
 
+constexpr int kVectorBytes = 64;
 #include "../common/vectors.inl"
 #include "../common/attention.inl"
 #include "sparse_linear.inl"

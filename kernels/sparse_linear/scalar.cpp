@@ -12,6 +12,7 @@
 
 namespace tce::sparse_linear::scalar {
 
+constexpr int kVectorBytes = 16;
 #include "../common/vectors.inl"
 #include "../common/attention.inl"
 #include "sparse_linear.inl"
