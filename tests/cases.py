@@ -5,6 +5,7 @@ The generic tests in core/test_ops.py drive each case through every instruction 
 
 import functools
 import itertools
+import math
 import struct
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -1020,6 +1021,7 @@ _ATTEND = Case(
 PLAN = (  # columns, as kernels/sparse_linear/binding_decode.cpp has them
     *("input_norm", "q", "k", "v", "o", "post_norm", "gate", "up", "down", "q_norm", "k_norm"),
     *("q_bias", "k_bias", "v_bias", "o_bias", "gate_bias", "up_bias", "down_bias", "window"),
+    *("attention_norm", "mlp_norm", "rope", "q_norm_all", "k_norm_all"),
 )
 # A sum that is off by its last bit can round to the next code or the next bfloat16, and that error is carried through the rest: the bound
 # is this share of the largest magnitude of a row. Rarely is there one at all; test_decode.py says how rarely.
@@ -1057,6 +1059,11 @@ def decode_sample(
     vocabulary: int = 0,
     activation: str = "silu",
     final_norm: bool = True,
+    norms_before: bool = True,
+    norms_after: bool = False,
+    qk_norm_all: bool = False,
+    ropes: tuple[int, ...] = (0,),
+    softcap: float = 0.0,
 ) -> Sample:
     name = ", ".join(f"{key}={value}" for key, value in locals().items())
     generator = torch.Generator().manual_seed(length * 64 + batch * 8 + tokens)
@@ -1084,21 +1091,24 @@ def decode_sample(
         **{"gate": (inner, hidden), "up": (inner, hidden), "down": (hidden, inner)},
     }
     for layer in range(layers):
-        for part in ("input_norm", "post_norm"):
+        for part in (*(("input_norm", "post_norm") if norms_before else ()), *(("attention_norm", "mlp_norm") if norms_after else ())):
             add_vector(layer, part, torch.rand(hidden, generator=generator) + 0.5)
         for part in ("q_norm", "k_norm") if qk_norm else ():
             add_vector(layer, part, torch.rand(dim, generator=generator) + 0.5)
+        for part in ("q", "k") if qk_norm_all else ():
+            add_vector(layer, f"{part}_norm_all", torch.rand(sizes[part][0], generator=generator) + 0.5)
         for part, (outputs, inputs) in sizes.items():
             add_weight(layer, part, outputs, inputs)
             if bias:
                 add_vector(layer, f"{part}_bias", torch.randn(outputs, generator=generator))
         plan[layer, PLAN.index("window")] = windows[layer % len(windows)]
+        plan[layer, PLAN.index("rope")] = ropes[layer % len(ropes)]
     if final_norm:
         add_vector(layers, "input_norm", torch.rand(hidden, generator=generator) + 0.5)
     if vocabulary:
         add_weight(layers, "head", vocabulary, hidden)
 
-    angles = torch.randn(300, dim // 2, generator=generator)
+    angles = torch.randn(300 + max(*ropes, 0), dim // 2, generator=generator)
     before = torch.randn(layers, 2, batch, kv_heads, length, dim, generator=generator).bfloat16()
     args: Args = {
         "hidden": torch.randn(batch, tokens, hidden, generator=generator).to(kind),
@@ -1117,6 +1127,7 @@ def decode_sample(
         "scale": dim**-0.5,
         "activation": activation,
         "vocabulary": vocabulary,
+        "softcap": softcap,
     }
     hidden_states = args["hidden"]
 
@@ -1134,11 +1145,13 @@ def decode_sample(
         x = hidden_states.double().numpy()
         for layer in range(layers):
             y = norm(x, layer, "input_norm")
-            q, k, v = (linear(y, layer, part).reshape(batch, tokens, -1, dim) for part in "qkv")
+            q, k, v = (norm(linear(y, layer, part), layer, f"{part}_norm_all").reshape(batch, tokens, -1, dim) for part in "qkv")
             q, k = norm(q, layer, "q_norm"), norm(k, layer, "k_norm")
             attended = np.zeros(q.shape)
-            for b, t in itertools.product(range(batch), range(tokens)):
-                turn = np.exp(1j * np.arctan2(numpy32(args["sin"]), numpy32(args["cos"])).astype(np.float64)[int(args["positions"][b, t])])
+            rope = ropes[layer % len(ropes)]
+            for b, t in itertools.product(range(batch), range(tokens)) if rope >= 0 else ():
+                angle = np.arctan2(numpy32(args["sin"]), numpy32(args["cos"])).astype(np.float64)[int(args["positions"][b, t]) + rope]
+                turn = np.exp(1j * angle)
                 for states in (q, k):
                     pairs = (states[b, t, :, : dim // 2] + 1j * states[b, t, :, dim // 2 :]) * turn
                     states[b, t] = np.concatenate([pairs.real, pairs.imag], -1)
@@ -1151,13 +1164,14 @@ def decode_sample(
                 window = windows[layer % len(windows)]
                 first = max(starts[b] if starts else 0, len(keys) - window if window > 0 else 0)
                 scores = keys[first:] @ q[b, t, h] * dim**-0.5
+                scores = softcap * np.tanh(scores / softcap) if softcap else scores
                 probabilities = np.exp(scores - scores.max())
                 attended[b, t, h] = probabilities @ values[first:] / probabilities.sum()
-            x = x + linear(attended.reshape(batch, tokens, -1), layer, "o")
+            x = x + norm(linear(attended.reshape(batch, tokens, -1), layer, "o"), layer, "attention_norm")
             y = norm(x, layer, "post_norm")
             gate, up = linear(y, layer, "gate"), linear(y, layer, "up")
             u = gate if activation == "silu" else 2 * (2 / np.pi) ** 0.5 * (gate + 0.044715 * gate**3)
-            x = x + linear(gate / (1 + np.exp(-u)) * up, layer, "down")
+            x = x + norm(linear(gate / (1 + np.exp(-u)) * up, layer, "down"), layer, "mlp_norm")
         x = norm(x, layers, "input_norm")
         result = torch.from_numpy(linear(x, layers, "head") if vocabulary else x)
         bound = DECODE_BOUND * result.abs().amax(-1, keepdim=True).expand_as(result) + _UNIT[kind] * result.abs()
@@ -1190,6 +1204,13 @@ def _decode_samples() -> list[Sample]:
         layout = LAYOUTS[len(samples) % 2]
         samples.append(decode_sample(dtype=dtype, layout=layout, length=length, starts=padding, **shape))
     samples.append(decode_sample(layers=0, vocabulary=40))
+    for dtype, length in itertools.product(("fp32", "int8"), (0, 17, 130)):  # Gemma 2, Gemma 3, SmolLM3, Olmo 2
+        gemma = {"norms_after": True, "activation": "gelu_tanh", "windows": (9, -1), "dtype": dtype, "length": length}
+        samples.append(decode_sample(batch=2, tokens=2, softcap=0.7, hidden=70, **gemma))
+        samples.append(decode_sample(tokens=3, qk_norm=True, ropes=(0, 1), starts=(length // 2,), **gemma))
+        olmo = {"norms_before": False, "norms_after": True, "qk_norm_all": True}
+        samples.append(decode_sample(batch=2, tokens=3, dim=48, heads=6, kv_heads=2, dtype=dtype, length=length, **olmo))
+        samples.append(decode_sample(layers=3, batch=3, ropes=(-1, 0), dtype=dtype, length=length))
     return samples
 
 
@@ -1200,6 +1221,7 @@ def _few_decode() -> list[Sample]:
         decode_sample(dtype="fp32", layout="sparse", length=130, windows=(20,), activation="gelu_tanh", kind=torch.bfloat16),
         decode_sample(dtype="int4", batch=2, length=3, qk_norm=True, heads=3, kv_heads=1),
         decode_sample(dtype="bf16", tokens=4, kind=torch.float16),
+        decode_sample(dtype="fp32", batch=2, length=20, norms_after=True, softcap=2.0, ropes=(3, -1), windows=(5, -1)),
     ]
 
 
@@ -1238,11 +1260,11 @@ _DECODE = Case(
                 ("vectors must be contiguous 1-D float32, got 1-D Double", replaced(vectors=lambda v: v.double())),
                 ("vectors must be contiguous 1-D float32, got 2-D Float", replaced(vectors=lambda v: v[None])),
                 ("vectors must be contiguous 1-D float32, got 1-D Float", replaced(vectors=lambda v: v[::2])),
-                ("plan must be (layers + 1, 19), got 1-D with 57 elements", replaced(plan=lambda p: p.view(-1))),
-                ("plan must be (layers + 1, 19), got 2-D with 54 elements", replaced(plan=lambda p: p[:, :-1].contiguous())),
-                ("plan must be (layers + 1, 19), got 2-D with 0 elements", replaced(plan=lambda p: p[:0])),
-                ("plan must be contiguous int64 with 57 elements, got Int with 57", replaced(plan=lambda p: p.int())),
-                ("plan must be contiguous int64 with 57 elements, got Long with 57", replaced(plan=lambda p: p.T.contiguous().T)),
+                ("plan must be (layers + 1, 24), got 1-D with 72 elements", replaced(plan=lambda p: p.view(-1))),
+                ("plan must be (layers + 1, 24), got 2-D with 69 elements", replaced(plan=lambda p: p[:, :-1].contiguous())),
+                ("plan must be (layers + 1, 24), got 2-D with 0 elements", replaced(plan=lambda p: p[:0])),
+                ("plan must be contiguous int64 with 72 elements, got Int with 72", replaced(plan=lambda p: p.int())),
+                ("plan must be contiguous int64 with 72 elements, got Long with 72", replaced(plan=lambda p: p.T.contiguous().T)),
                 *(
                     ("kv must be contiguous bfloat16 (2, 2, 2, key-value heads, blocks, 16, head size), got " + given, replaced(kv=spoil))
                     for given, spoil in (
@@ -1291,6 +1313,7 @@ _DECODE = Case(
                     for n in (-1, 1 << 30, 1 << 62)
                 ),
                 ("activation must be silu or gelu_tanh, got relu", replaced(activation="relu")),
+                *((f"softcap must be 0 or positive, got {n:g}", replaced(softcap=n)) for n in (-1.0, math.inf, math.nan)),
             )
         ),
         *(
@@ -1298,6 +1321,10 @@ _DECODE = Case(
             for message, spoil in (
                 ("positions must be 0 to 299, got -1", replaced(positions=torch.tensor([[0, 1, 2], [3, -1, 4]]))),
                 ("positions must be 0 to 299, got 300", replaced(positions=torch.tensor([[0, 1, 2], [3, 300, 4]]))),
+                *(
+                    (f"plan must name lines of cos, got {at} beside position", in_plan(1, "rope", at))
+                    for at in (300, 1 << 62, (1 << 63) - 1)
+                ),
                 ("starts must be 0 to 20 (length), got 21", replaced(starts=torch.tensor([0, 21]))),
                 ("starts must be 0 to 20 (length), got -1", replaced(starts=torch.tensor([-1, 0]))),
                 ("plan must have a norm in each layer, got none in layer 1", in_plan(1, "post_norm", -1)),

@@ -47,9 +47,13 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    """`TorchCpuExtConfig` needs transformers, so it is imported only when asked for."""
+    """`TorchCpuExtConfig` and `SparseKVCache` need transformers, so they are imported only when asked for."""
     if name == "TorchCpuExtConfig":
         from .integrations.transformers import TorchCpuExtConfig
 
         return TorchCpuExtConfig
+    if name == "SparseKVCache":
+        from .integrations.sparse_kv import SparseKVCache
+
+        return SparseKVCache
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -3,7 +3,7 @@
 
 #include <algorithm>
 
-#include "../common/kv_block.h"
+#include "../common/attention.h"
 #include "sparse_linear.h"
 
 namespace tce::sparse_linear {
@@ -61,7 +61,7 @@ struct PageAttention {
   Float q_type;            // of q and out
   int64_t splits;          // of the longest head
   float* sums;             // [heads][splits][rows][d]: sums of probabilities times values, not normalised
-  float *largest, *total;  // [heads][splits][rows]: the largest score, in units of log 2, and the sum of the probabilities
+  float *largest, *total;  // [heads][splits][rows]: the largest score and the sum of the probabilities
   void* out;               // [heads][rows][d]
   float* lse;              // [heads][rows]
 };

@@ -15,6 +15,9 @@
 
 namespace tce::sparse_linear::avx2 {
 
+constexpr int kVectorBytes = 32;
+#include "../common/vectors.inl"
+#include "../common/attention.inl"
 #include "sparse_linear.inl"
 #include "attention.inl"
 #include "int4.inl"
@@ -164,48 +167,6 @@ struct Int8 {
   }
 };
 
-static const bool kAhead = prefetch_pays();
-
-struct Attended : Bf16 {
-  struct Sum {
-    __m256 half[2];
-  };
-  struct Row {
-    __m256 even[2], odd[2];
-  };
-  static constexpr int kRows = 1, kSums = 4;
-  static constexpr bool kPairs = false;
-
-  static Sum zero() { return {_mm256_setzero_ps(), _mm256_setzero_ps()}; }
-  static Sum load(const float* from) { return {_mm256_loadu_ps(from), _mm256_loadu_ps(from + 8)}; }
-  static void store(float* to, const Sum& sum) {
-    _mm256_storeu_ps(to, sum.half[0]);
-    _mm256_storeu_ps(to + 8, sum.half[1]);
-  }
-  static Sum plus(const Sum& a, const Sum& b) { return {_mm256_add_ps(a.half[0], b.half[0]), _mm256_add_ps(a.half[1], b.half[1])}; }
-
-  static Row row(const uint8_t* from) {
-    const __m256 high = _mm256_castsi256_ps(_mm256_set1_epi32(static_cast<int>(0xffff0000)));
-    Row row;
-    for (int i = 0; i < 2; ++i) {
-      const __m256 pair = halves(from, i);
-      row.even[i] = _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_castps_si256(pair), 16));
-      row.odd[i] = _mm256_and_ps(pair, high);
-    }
-    return row;
-  }
-
-  static Sum add(Sum sum, const Row& row, const float* x) {
-    const __m256 even = _mm256_broadcast_ss(x), odd = _mm256_broadcast_ss(x + 1);
-    for (int i = 0; i < 2; ++i) sum.half[i] = _mm256_fmadd_ps(row.odd[i], odd, _mm256_fmadd_ps(row.even[i], even, sum.half[i]));
-    return sum;
-  }
-
-  static void ahead(const uint8_t* at) {
-    if (kAhead) asm volatile("prefetcht0 %0" : : "m"(*reinterpret_cast<const char*>(reinterpret_cast<uintptr_t>(at) + 4096)));
-  }
-};
-
 struct Int4 {
   static constexpr DType dtype = DType::int4;
   static constexpr int64_t kRowBlock = 4, kStreamRows = 0;
@@ -259,8 +220,9 @@ struct Int4 {
 Variant fp32() { return variant<Fp32>(); }
 Variant bf16() { return variant<Bf16>(); }
 Variant int8() { return variant<Int8>(); }
-AttentionVariant attention() { return attention_variant<Attended>(); }
+AttentionVariant attention() { return attention_variant<Paged<Rounded<1, 4>, Bf16>>(); }
 Variant int4() { return int4_variant<Int4>(); }
+Steps steps() { return decoder_steps<Exact<1, 4>>(); }
 
 }  // namespace tce::sparse_linear::avx2
 

@@ -15,10 +15,12 @@
 
 namespace tce::sparse_linear::avx512 {
 
+constexpr int kVectorBytes = 64;
+#include "../common/vectors.inl"
+#include "../common/attention.inl"
 #include "sparse_linear.inl"
 #include "avx512.inl"
 #include "attention.inl"
-#include "attention_avx512.inl"
 #include "int4.inl"
 #include "decode.inl"
 
@@ -151,8 +153,9 @@ struct Int4 {
 Variant fp32() { return variant<Fp32>(); }
 Variant bf16() { return variant<Bf16>(); }
 Variant int8() { return variant<Int8>(); }
-AttentionVariant attention() { return attention_variant<Attended<Bf16>>(); }
+AttentionVariant attention() { return attention_variant<Paged<Rounded<4, 8>, Bf16>>(); }
 Variant int4() { return int4_variant<Int4>(); }
+Steps steps() { return decoder_steps<Exact<4, 8>>(); }
 
 }  // namespace tce::sparse_linear::avx512
 

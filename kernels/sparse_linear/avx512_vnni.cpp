@@ -13,11 +13,13 @@
 
 namespace tce::sparse_linear::avx512_vnni {
 
+constexpr int kVectorBytes = 64;
+#include "../common/vectors.inl"
+#include "../common/attention.inl"
 #include "sparse_linear.inl"
 #include "avx512.inl"
 #include "vbmi2.inl"
 #include "attention.inl"
-#include "attention_avx512.inl"
 #include "attention_vbmi2.inl"
 #include "int4.inl"
 
@@ -247,7 +249,7 @@ struct Int4 {
 
 Variant bf16() { return variant<Bf16>(); }
 Variant int8() { return variant<Int8>(); }
-AttentionVariant attention() { return attention_variant<AttendedPairs<Bf16>>(); }
+AttentionVariant attention() { return attention_variant<PagedPairs<Rounded<4, 8>>>(); }
 Variant int4() { return int4_variant<Int4>(); }
 
 }  // namespace tce::sparse_linear::avx512_vnni

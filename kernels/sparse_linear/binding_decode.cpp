@@ -19,8 +19,9 @@ constexpr int64_t kMaxRows = 8;
 
 const Kernel<Steps> kSteps{"decode", {{Isa::scalar, scalar::steps}, {Isa::avx2, avx2::steps}, {Isa::avx512, avx512::steps}}};
 
-// The columns of `plan`: where in the arena or among the vectors each part of a layer begins, -1 where there is none; last the tokens that
-// a query sees, itself included, -1 for all. The order of decode.py.
+// The columns of `plan`: where in the arena or among the vectors each part of a layer begins, -1 where there is none; the tokens that a
+// query sees, itself included, -1 for all; what is added to a position to give the layer's line of cosines and sines, -1 where it does not
+// rotate. The order of decode.py.
 enum Part {
   kInputNorm,
   kQ,
@@ -41,6 +42,11 @@ enum Part {
   kUpBias,
   kDownBias,
   kWindow,
+  kAttentionNorm,  // of what attention adds
+  kMlpNorm,        // of what the MLP adds
+  kRope,
+  kQNormAll,  // of all heads together
+  kKNormAll,
   kParts
 };
 
@@ -199,7 +205,7 @@ class Products {
 class Decoder {
  public:
   Decoder(Team& team, const Shape& shape, int64_t layers, const Arena& arena, const float* cos, const float* sin, const int64_t* positions,
-          const int64_t* starts, uint16_t* kv, int64_t length, float epsilon, float scale, Gate gate)
+          const int64_t* starts, uint16_t* kv, int64_t length, float epsilon, float scale, float softcap, Gate gate)
       : team_(team),
         s_(shape),
         layers_(layers),
@@ -214,6 +220,7 @@ class Decoder {
         splits_(divide_up(length + shape.tokens, kSplit)),
         epsilon_(epsilon),
         scale_(scale),
+        softcap_(softcap),
         gate_kind_(gate),
         products_(shape.rows(), std::max({shape.hidden, shape.heads * shape.dim, shape.inner})),
         normed_(shape.rows() * shape.hidden),
@@ -240,24 +247,26 @@ class Decoder {
     const auto& [q, k, v, o, gate, up, down] = layer;
     const Split qkv({&q, &k, &v}, rows, threads), out({&o}, rows, threads), wide({&gate, &up}, rows, threads),
         narrow({&down}, rows, threads);
-    norm(i, kInputNorm, hidden);
+    norm(i, kInputNorm, kAttentionNorm, hidden);
     products_.run(team_, normed_.data(), {{&q, q_.data()}, {&k, k_.data()}, {&v, v_.data()}}, qkv, out);
     cache(i);
     attend(i, out);
     products_.run(team_, attended_.data(), {{&o, delta_.data()}}, out, wide);
+    norm_delta(i, kAttentionNorm);
     steps_.add(hidden, delta_.data(), rows * s_.hidden);
-    norm(i, kPostNorm, hidden);
+    norm(i, kPostNorm, kMlpNorm, hidden);
     products_.run(team_, normed_.data(), {{&gate, gate_.data()}, {&up, up_.data()}}, wide, narrow);
     steps_.multiply_gate(gate_.data(), up_.data(), gate_kind_, rows * s_.inner);
     products_.run(team_, gate_.data(), {{&down, delta_.data()}}, narrow,
                   i + 1 < layers_ ? Split({&next_.q, &next_.k, &next_.v}, rows, threads) : Split({}, rows, threads));
+    norm_delta(i, kMlpNorm);
     steps_.add(hidden, delta_.data(), rows * s_.hidden);
   }
 
   // The final norm, if the last line of the plan has one.
   void finish(int64_t layers, float* hidden) {
     if (arena_.at(layers, 0) < 0) return;
-    norm(layers, 0, hidden);
+    norm(layers, 0, 0, hidden);
     std::copy(normed_.begin(), normed_.end(), hidden);
   }
 
@@ -280,37 +289,57 @@ class Decoder {
             arena_.linear(i, kDown, kDownBias, s_.hidden, s_.inner)};
   }
 
-  void norm(int64_t layer, int part, const float* hidden) {
+  // Before attention or MLP; may be missing where there is a norm after it, `after`.
+  void norm(int64_t layer, int part, int after, const float* hidden) {
     const float* weight = arena_.floats(layer, part, s_.hidden);
-    STD_TORCH_CHECK(weight, kOp, ": plan must have a norm in each layer, got none in layer ", layer);
+    if (!weight) {
+      STD_TORCH_CHECK(arena_.at(layer, after) >= 0, kOp, ": plan must have a norm in each layer, got none in layer ", layer);
+      std::copy_n(hidden, normed_.size(), normed_.data());
+      return;
+    }
     for (int64_t r = 0; r < s_.rows(); ++r)
       steps_.rms_norm(hidden + r * s_.hidden, weight, epsilon_, s_.hidden, normed_.data() + r * s_.hidden);
+  }
+
+  // What attention or MLP gave, where a norm of its own comes before it is added.
+  void norm_delta(int64_t layer, int part) {
+    const float* weight = arena_.floats(layer, part, s_.hidden);
+    if (!weight) return;
+    for (int64_t r = 0; r < s_.rows(); ++r) {
+      float* row = delta_.data() + r * s_.hidden;
+      steps_.rms_norm(row, weight, epsilon_, s_.hidden, row);
+    }
   }
 
   uint16_t* block_of(int64_t layer, int64_t which, int64_t b, int64_t head) const {
     return kv_ + (((layer * 2 + which) * s_.batch + b) * s_.kv_heads + head) * s_.blocks * kBlockTokens * s_.dim;
   }
 
-  // Norms, if there are, and rotates the queries and keys; writes keys and values to the cache.
+  // Norms and rotates the queries and keys, where the layer does; writes keys and values to the cache.
   void cache(int64_t layer) {
     const float *q_norm = arena_.floats(layer, kQNorm, s_.dim), *k_norm = arena_.floats(layer, kKNorm, s_.dim);
-    const int64_t dim = s_.dim, half = dim / 2, group = s_.heads / s_.kv_heads;
+    const int64_t width = s_.heads * s_.dim, kv_width = s_.kv_heads * s_.dim;
+    const float *q_all = arena_.floats(layer, kQNormAll, width), *k_all = arena_.floats(layer, kKNormAll, kv_width);
+    const int64_t dim = s_.dim, half = dim / 2, group = s_.heads / s_.kv_heads, rope = arena_.at(layer, kRope);
     for (int64_t b = 0; b < s_.batch; ++b) {
       for (int64_t t = 0; t < s_.tokens; ++t) {
         const int64_t row = b * s_.tokens + t, slot = length_ + t, in_block = slot % kBlockTokens;
-        const float *cos = cos_ + positions_[row] * half, *sin = sin_ + positions_[row] * half;
+        const int64_t line = positions_[row] + std::max(rope, int64_t{0});
+        const float *cos = cos_ + line * half, *sin = sin_ + line * half;
+        if (q_all) steps_.rms_norm(q_.data() + row * width, q_all, epsilon_, width, q_.data() + row * width);
+        if (k_all) steps_.rms_norm(k_.data() + row * kv_width, k_all, epsilon_, kv_width, k_.data() + row * kv_width);
         for (int64_t h = 0; h < s_.heads; ++h) {
           float* q = q_.data() + (row * s_.heads + h) * dim;
           if (q_norm) steps_.rms_norm(q, q_norm, epsilon_, dim, q);
-          steps_.rotate(q, cos, sin, dim);
+          if (rope >= 0) steps_.rotate(q, cos, sin, dim);
           // As attention reads them: [batch][key-value head][token][head of the group]
           float* query = query_.data() + (((b * s_.kv_heads + h / group) * s_.tokens + t) * group + h % group) * dim;
-          for (int64_t d = 0; d < dim; ++d) query[d] = q[d] * scale_;
+          std::copy_n(q, dim, query);
         }
         for (int64_t h = 0; h < s_.kv_heads; ++h) {
           float* k = k_.data() + (row * s_.kv_heads + h) * dim;
           if (k_norm) steps_.rms_norm(k, k_norm, epsilon_, dim, k);
-          steps_.rotate(k, cos, sin, dim);
+          if (rope >= 0) steps_.rotate(k, cos, sin, dim);
           const float* v = v_.data() + (row * s_.kv_heads + h) * dim;
           uint16_t *keys = block_of(layer, 0, b, h) + (slot - in_block) * dim, *values = block_of(layer, 1, b, h) + (slot - in_block) * dim;
           for (int64_t d = 0; d < dim; ++d) {
@@ -342,10 +371,19 @@ class Decoder {
     const auto run = [&](int64_t item) {
       const int64_t head = item / splits, split = item % splits, b = head / s_.kv_heads, at = split * stride + head * queries;
       const int64_t first = (begin + split) * kSplit;
-      steps_.attend({query_.data() + head * queries * dim, block_of(layer, 0, b, head % s_.kv_heads),
-                     block_of(layer, 1, b, head % s_.kv_heads), queries, dim, first, std::min(first + kSplit, total),
-                     first_.data() + b * queries, last_.data() + b * queries, partial_.data() + at * dim, maximum_.data() + at,
-                     sum_.data() + at});
+      const Stretch stretch{queries,
+                            dim,
+                            first,
+                            std::min(first + kSplit, total),
+                            first_.data() + b * queries,
+                            last_.data() + b * queries,
+                            scale_,
+                            softcap_,
+                            partial_.data() + at * dim,
+                            maximum_.data() + at,
+                            sum_.data() + at};
+      steps_.attend(stretch, query_.data() + head * queries * dim, block_of(layer, 0, b, head % s_.kv_heads),
+                    block_of(layer, 1, b, head % s_.kv_heads));
     };
     if (threads_for(work) == 1) {
       for (int64_t item = 0; item < heads * splits; ++item) run(item);
@@ -357,7 +395,7 @@ class Decoder {
       const int64_t head = i / queries, b = head / s_.kv_heads, t = i % queries / group;
       const int64_t h = head % s_.kv_heads * group + i % group;
       float* result = attended_.data() + ((b * s_.tokens + t) * s_.heads + h) * dim;
-      steps_.merge(partial_.data() + i * dim, maximum_.data() + i, sum_.data() + i, splits, stride, dim, result);
+      steps_.join(partial_.data() + i * dim, maximum_.data() + i, sum_.data() + i, splits, stride, dim, result);
     }
   }
 
@@ -370,7 +408,7 @@ class Decoder {
   const int64_t *positions_, *starts_;
   uint16_t* kv_;
   const int64_t length_, splits_;
-  const float epsilon_, scale_;
+  const float epsilon_, scale_, softcap_;
   const Gate gate_kind_;
   Products products_;
   Layer next_;  // of the layer whose turn it is
@@ -386,7 +424,7 @@ void check_long(const Tensor& tensor, const char* argument, int64_t numel) {
 
 Tensor decode(Tensor hidden, Tensor arena, Tensor vectors, Tensor plan, Tensor cos, Tensor sin, Tensor positions,
               std::optional<Tensor> starts, Tensor kv, int64_t length, int64_t heads, int64_t inner, double epsilon, double scale,
-              std::string activation, int64_t vocabulary) {
+              std::string activation, int64_t vocabulary, double softcap) {
   const Float type = float_type(hidden, kOp, "hidden");
   STD_TORCH_CHECK(hidden.dim() == 3, kOp, ": hidden must be 3-D (batch, tokens, hidden size), got ", hidden.dim(), "-D");
   Shape s{hidden.size(0), hidden.size(1), hidden.size(2), heads, 0, 0, inner, 0};
@@ -426,8 +464,11 @@ Tensor decode(Tensor hidden, Tensor arena, Tensor vectors, Tensor plan, Tensor c
                   kOp, ": sin must be of the shape and dtype of cos, got ", sin.dim(), "-D ",
                   torch::headeronly::toString(sin.scalar_type()));
   const int64_t* rows = static_cast<const int64_t*>(positions.const_data_ptr());
-  for (int64_t i = 0; i < s.rows(); ++i)
+  int64_t farthest = 0;
+  for (int64_t i = 0; i < s.rows(); ++i) {
     STD_TORCH_CHECK(rows[i] >= 0 && rows[i] < cos.size(0), kOp, ": positions must be 0 to ", cos.size(0) - 1, ", got ", rows[i]);
+    farthest = std::max(farthest, rows[i]);
+  }
   if (starts) {
     check_long(*starts, "starts", s.batch);
     const int64_t* first = static_cast<const int64_t*>(starts->const_data_ptr());
@@ -438,7 +479,12 @@ Tensor decode(Tensor hidden, Tensor arena, Tensor vectors, Tensor plan, Tensor c
                   vocabulary);
   STD_TORCH_CHECK(activation == "silu" || activation == "gelu_tanh", kOp, ": activation must be silu or gelu_tanh, got ", activation);
 
+  STD_TORCH_CHECK(softcap >= 0 && softcap < 1e30, kOp, ": softcap must be 0 or positive, got ", softcap);
+
   const Arena parts(arena, vectors, plan);
+  for (int64_t i = 0; i < layers; ++i)
+    STD_TORCH_CHECK(parts.at(i, kRope) < cos.size(0) - farthest, kOp, ": plan must name lines of cos, got ", parts.at(i, kRope),
+                    " beside position ", farthest);
   hidden = torch::stable::contiguous(hidden);
   std::vector<float> state(s.rows() * s.hidden);
   for (size_t i = 0; i < state.size(); ++i) state[i] = load_float(hidden.const_data_ptr(), type, i);
@@ -449,7 +495,8 @@ Tensor decode(Tensor hidden, Tensor arena, Tensor vectors, Tensor plan, Tensor c
     Decoder decoder(team, s, layers, parts, static_cast<const float*>(cos.const_data_ptr()),
                     static_cast<const float*>(sin.const_data_ptr()), rows,
                     starts ? static_cast<const int64_t*>(starts->const_data_ptr()) : nullptr, static_cast<uint16_t*>(kv.mutable_data_ptr()),
-                    length, static_cast<float>(epsilon), static_cast<float>(scale), activation == "silu" ? Gate::silu : Gate::gelu_tanh);
+                    length, static_cast<float>(epsilon), static_cast<float>(scale), static_cast<float>(softcap),
+                    activation == "silu" ? Gate::silu : Gate::gelu_tanh);
     for (int64_t i = 0; i < layers; ++i) decoder.layer(i, state.data());
     decoder.finish(layers, state.data());
     if (head) decoder.head(parts.linear(layers, 1, -1, vocabulary, s.hidden), state.data(), logits.data());

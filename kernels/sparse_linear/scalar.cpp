@@ -12,6 +12,9 @@
 
 namespace tce::sparse_linear::scalar {
 
+constexpr int kVectorBytes = 16;
+#include "../common/vectors.inl"
+#include "../common/attention.inl"
 #include "sparse_linear.inl"
 #include "attention.inl"
 #include "int4.inl"
@@ -71,41 +74,6 @@ struct Plain {
   }
 };
 
-struct Attended : Plain<DType::bf16> {
-  struct Sum {
-    float lane[kWide];
-  };
-  struct Row {
-    float even[kWide], odd[kWide];
-  };
-  static constexpr int kRows = 1, kSums = 1;
-  static constexpr bool kPairs = false;
-
-  static Sum zero() { return {}; }
-  static Sum load(const float* from) {
-    Sum sum;
-    std::memcpy(sum.lane, from, sizeof(sum.lane));
-    return sum;
-  }
-  static void store(float* to, const Sum& sum) { std::memcpy(to, sum.lane, sizeof(sum.lane)); }
-  static Sum plus(Sum a, const Sum& b) {
-    for (int i = 0; i < kWide; ++i) a.lane[i] += b.lane[i];
-    return a;
-  }
-  static Row row(const uint8_t* from) {
-    uint32_t bits[kWide];
-    std::memcpy(bits, from, sizeof(bits));
-    Row row;
-    for (int i = 0; i < kWide; ++i) row.even[i] = bits_float(bits[i] << 16), row.odd[i] = bits_float(bits[i] & 0xffff0000);
-    return row;
-  }
-  static Sum add(Sum sum, const Row& row, const float* x) {
-    for (int i = 0; i < kWide; ++i) sum.lane[i] += row.even[i] * x[0] + row.odd[i] * x[1];
-    return sum;
-  }
-  static void ahead(const uint8_t*) {}
-};
-
 struct Int4 {
   static constexpr DType dtype = DType::int4;
   static constexpr int64_t kRowBlock = 1, kStreamRows = 0;
@@ -142,7 +110,8 @@ struct Int4 {
 Variant fp32() { return variant<Plain<DType::fp32>>(); }
 Variant bf16() { return variant<Plain<DType::bf16>>(); }
 Variant int8() { return variant<Plain<DType::int8>>(); }
-AttentionVariant attention() { return attention_variant<Attended>(); }
+AttentionVariant attention() { return attention_variant<Paged<Rounded<1, 1>, Plain<DType::bf16>>>(); }
 Variant int4() { return int4_variant<Int4>(); }
+Steps steps() { return decoder_steps<Exact<1, 1>>(); }
 
 }  // namespace tce::sparse_linear::scalar

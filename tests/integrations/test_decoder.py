@@ -2,6 +2,7 @@
 
 import copy
 import io
+import re
 import threading
 from concurrent.futures import ThreadPoolExecutor
 
@@ -46,6 +47,30 @@ MODELS = {
     ),
     "qwen3": ("Qwen3ForCausalLM", SMALL),
     "gemma": ("GemmaForCausalLM", SMALL | {"head_dim": 32}),
+    "gemma2": (
+        "Gemma2ForCausalLM",  # caps that bend the scores and logits of so small a model
+        SMALL
+        | {"head_dim": 32, "num_hidden_layers": 3, "sliding_window": 7, "query_pre_attn_scalar": 24}
+        | {"attn_logit_softcapping": 0.8, "final_logit_softcapping": 3.0},
+    ),
+    "gemma3": (
+        "Gemma3ForCausalLM",
+        SMALL
+        | {"num_hidden_layers": 3, "sliding_window": 6, "query_pre_attn_scalar": 24, "attn_logit_softcapping": 0.5}
+        | {"layer_types": ["sliding_attention", "full_attention", "sliding_attention"], "final_logit_softcapping": 3.0}
+        | {
+            "rope_parameters": {
+                "sliding_attention": {"rope_type": "default", "rope_theta": 100.0},
+                "full_attention": {"rope_type": "linear", "rope_theta": 10000.0, "factor": 4.0},
+            }
+        },
+    ),
+    "smollm3": ("SmolLM3ForCausalLM", SMALL | {"num_hidden_layers": 3, "no_rope_layers": [1, 0, 1]}),
+    "olmo3": (
+        "Olmo3ForCausalLM",
+        {k: v for k, v in SMALL.items() if k != "head_dim"} | {"sliding_window": 5, "layer_types": ["full_attention", "sliding_attention"]},
+    ),
+    "olmo2": ("Olmo2ForCausalLM", {k: v for k, v in SMALL.items() if k != "head_dim"}),
 }
 
 
@@ -198,7 +223,7 @@ def test_ways_to_generate(pair, kind, prompt, calls):
             close(a[same], b[same])
 
 
-@pytest.mark.parametrize("name", ["llama", "mistral-window", "qwen3"])
+@pytest.mark.parametrize("name", ["llama", "mistral-window", "qwen3", "gemma2", "gemma3", "smollm3", "olmo2"])
 def test_left_padding(name, calls):
     ours, theirs = make(name), make(name, False)
     ids = torch.randint(1, 128, (3, 12))
@@ -220,6 +245,17 @@ def test_padding_inside_of_the_text_falls_back(pair, calls):
     a, b = (logits(m, torch.tensor([[3, 4, 5, 6, 7]]), DynamicCache(), attention_mask=mask).logits for m in pair)
     assert not calls
     close(a, b)
+
+
+@pytest.mark.parametrize("name", ["gemma2", "gemma3", "smollm3", "olmo2"])
+def test_chunked_prefill(name, calls):
+    """Past the windows, in chunks of as many tokens as one call takes, and of more."""
+    ours, theirs = make(name), make(name, False)
+    for size in (6, 8, 13):
+        del calls[:]
+        a, b = (generate(m, PROMPTS["long"], prefill_chunk_size=size) for m in (ours, theirs))
+        agree(a, b, theirs, 21)
+        assert calls
 
 
 @pytest.mark.parametrize("prompt", PROMPTS)
@@ -245,7 +281,7 @@ def test_assisted_by_its_own_first_layers(pair, calls):
     assert not calls
 
 
-@pytest.mark.parametrize("name", ["llama", "mistral-window"])
+@pytest.mark.parametrize("name", ["llama", "mistral-window", "gemma2", "gemma3"])
 def test_a_prefix_is_computed_once(name):
     ours, theirs = make(name), make(name, False)
     prefix, ends = torch.randint(1, 128, (1, 17)), [torch.randint(1, 128, (1, n)) for n in (1, 4, 11)]
@@ -647,6 +683,26 @@ def test_report_says_why_not(reason, calls):
     assert not calls
 
 
+OTHERS = {
+    "Phi3ForCausalLM": r"its projections are fused \(qkv_proj, gate_up_proj\)",
+}
+
+
+@pytest.mark.parametrize("class_name", OTHERS)
+def test_report_names_what_other_models_lack(class_name):
+    cls = getattr(transformers, class_name)
+    model = tce.optimize(cls(cls.config_class(**SMALL)).eval(), tce.SparseLinearConfig())
+    assert re.match(f"decodes layer by layer: {OTHERS[class_name]}", tce.report(model).kept["model"])
+    assert generate(model, PROMPTS["short"], max_new_tokens=3).shape == (1, 7)
+
+
+def test_gemma_that_looks_both_ways():
+    class_name, arguments = MODELS["gemma3"]
+    cls = getattr(transformers, class_name)
+    model = tce.optimize(cls(cls.config_class(**arguments, use_bidirectional_attention=True)).eval(), tce.SparseLinearConfig())
+    assert tce.report(model).kept["model"] == "decodes layer by layer: its attention is bidirectional"
+
+
 def test_report(pair):
     (row,) = [row for row in tce.report(pair[0]).rows if row.kind == "fused decoder"]
     assert (row.name, row.detail) == ("model", "2 layers in one call, up to 8 tokens")
@@ -701,8 +757,9 @@ def test_half_precision(dtype):
         close(a, b)
 
 
-def test_positions_beyond_the_tables(pair):
-    positions = torch.tensor([[5000, 5001, 5002]])
+@pytest.mark.parametrize("name", ["llama", "gemma3"])
+def test_positions_beyond_the_tables(name):
+    pair, positions = (make(name), make(name, False)), torch.tensor([[5000, 5001, 5002]])
     for model in pair:
         generate(model, PROMPTS["short"], max_new_tokens=2)
     close(*(logits(m, torch.tensor([[4, 5, 6]]), DynamicCache(), position_ids=positions).logits for m in pair))

@@ -51,7 +51,7 @@ def test_threads_change_nothing(threads, isa):
             assert sample.args["kv"].equal(kv)
 
 
-@pytest.mark.parametrize("which", range(4))
+@pytest.mark.parametrize("which", range(5))
 def test_the_cache_gets_the_new_tokens_and_nothing_else(which, isa):
     args = dict(CASE.few()[which].args)
     length, tokens = args["length"], args["hidden"].shape[1]

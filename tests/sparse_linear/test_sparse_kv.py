@@ -74,6 +74,15 @@ def test_nothing_pruned_is_dense_attention(model, plain, lengths):
     assert layer.tail <= 32 + 64
 
 
+def test_chunks_up_to_half_the_window_use_the_pages(model, plain, monkeypatch):
+    parts = tokens(2, 521).split((180, 64, 1, 65, 40, 64, 64, 3, 40), 1)
+    cache = SparseKVCache(model.config, k_sparsity=0, v_sparsity=0, window=128)
+    seen, attend = [], SparseKVLayer.attend
+    monkeypatch.setattr(SparseKVLayer, "attend", lambda self, query, *args: (seen.append(query.shape[2]), attend(self, query, *args))[1])
+    close(steps(model, cache, parts), steps(plain, DynamicCache(config=plain.config), parts))
+    assert seen[::2] == [64, 1, 40, 64, 64, 3, 40]  # each in two layers
+
+
 @pytest.mark.parametrize(("heads", "kv_heads", "head_dim"), [(2, 2, 16), (6, 2, 48), (8, 1, 64), (3, 1, 80)])
 def test_head_geometries(heads, kv_heads, head_dim):
     ours, theirs = (make(heads, kv_heads, head_dim, attention=name) for name in (NAME, "sdpa"))

@@ -22,7 +22,12 @@ from ..sparse_linear import SparseLinear
 from ..sparse_linear.decode import BLOCK, MAX_ROWS, PARTS, decode, read_cache, write_cache
 
 # Stacks of layers that are norm, attention, norm, gated MLP, each with its residual, and the norms' way with their weight.
-MODELS = ("LlamaModel", "MistralModel", "Qwen2Model", "Qwen3Model", "GemmaModel")
+MODELS = (
+    *("LlamaModel", "MistralModel", "Qwen2Model", "Qwen3Model", "SmolLM3Model", "Olmo2Model", "Olmo3Model"),
+    *("GemmaModel", "Gemma2Model", "Gemma3TextModel"),
+)
+# Stacks that come close, and what the op does not have for them.
+OTHERS = {"Phi3Model": "its projections are fused (qkv_proj, gate_up_proj)"}
 _ATTENTION = ("sdpa", "eager")
 _ACTIVATIONS = {"silu": "silu", "swish": "silu", "gelu_pytorch_tanh": "gelu_tanh"}
 _FIXED_ROPES = ("default", "linear", "llama3", "yarn", "proportional")  # angles that depend on the position alone
@@ -47,6 +52,12 @@ _NORMS = {
     "q_norm": "self_attn.q_norm",
     "k_norm": "self_attn.k_norm",
 }
+_MORE_NORMS = _NORMS | {  # of layers that have norms after attention and MLP; Olmo 2 and 3 have no others
+    "attention_norm": "post_attention_layernorm",
+    "post_norm": "pre_feedforward_layernorm",
+    "mlp_norm": "post_feedforward_layernorm",
+}
+_CENTRED = ("GemmaRMSNorm", "Gemma2RMSNorm", "Gemma3RMSNorm")  # whose weight is the distance from one
 
 
 class Store:
@@ -160,16 +171,21 @@ def obstacle(model: nn.Module) -> str:
     Args:
         model: what transformers calls the model, without the head, after its Linears were replaced by `SparseLinear`.
     """
+    if type(model).__name__ in OTHERS:
+        return OTHERS[type(model).__name__]
     config: Any = model.config
     if config._attn_implementation not in _ATTENTION:
         return f"its attention is {config._attn_implementation}"
-    if _ACTIVATIONS.get(config.hidden_act) is None:
-        return f"its activation is {config.hidden_act}"
-    rope = config.rope_parameters or {}
-    if rope.get("rope_type") not in _FIXED_ROPES:
-        return f"its rotary embedding is {rope.get('rope_type')}"
-    if rope.get("partial_rotary_factor", 1.0) != 1.0:
-        return "its rotary embedding turns a part of each head only"
+    if getattr(config, "use_bidirectional_attention", None):
+        return "its attention is bidirectional"
+    if _ACTIVATIONS.get(_activation(config)) is None:
+        return f"its activation is {_activation(config)}"
+    for kind in _ropes(config):
+        rope = (config.rope_parameters or {}) if kind is None else config.rope_parameters[kind]
+        if rope.get("rope_type") not in _FIXED_ROPES:
+            return f"its rotary embedding is {rope.get('rope_type')}"
+        if rope.get("partial_rotary_factor", 1.0) != 1.0:
+            return "its rotary embedding turns a part of each head only"
     layers = list(model.layers)  # type: ignore[arg-type]
     if not layers:
         return "it has no layers"
@@ -332,9 +348,11 @@ class FusedDecoder(Replacement):
         if position_ids is None:
             position_ids = torch.arange(length, length + tokens)
         positions = position_ids.expand(batch, tokens).contiguous()
-        last = int(positions.max())
-        if last >= len(self._angles[0]):
+        last, ropes = int(positions.max()), len(_ropes(config))
+        if (last + 1) * ropes > len(self._angles[0]):
             self._extend(last + 1)
+        if ropes > 1:
+            positions = positions * ropes  # the lines of a position follow each other
         return hidden, positions, starts, cache, length
 
     def _decode(self, hidden: Tensor, positions: Tensor, starts: Tensor | None, cache: Any, length: int) -> BaseModelOutputWithPast:
@@ -348,7 +366,8 @@ class FusedDecoder(Replacement):
             inner=self.layers[0].mlp.gate_proj.out_features,
             epsilon=self.config.rms_norm_eps,
             scale=attention.scaling,
-            activation=_ACTIVATIONS[self.config.hidden_act],
+            activation=_ACTIVATIONS[_activation(self.config)],
+            softcap=_softcap(attention),
         )
         for layer in layers:
             layer.length = length + tokens
@@ -382,18 +401,19 @@ class FusedDecoder(Replacement):
 
     def _parts(self) -> Iterator[tuple[int, str, Tensor]]:
         """Layer, part and tensor of all that decoding needs; norms as float32, the way they are multiplied."""
-        centre = int(type(self.norm).__name__ == "GemmaRMSNorm")  # whose weight is the distance from one
+        centre = int(type(self.norm).__name__ in _CENTRED)
         for index, layer in enumerate(self.layers):
             for part, name in _LINEARS.items():
                 linear = layer.get_submodule(name)
                 yield index, part, linear.packed
                 if linear.bias is not None:
                     yield index, f"{part}_bias", linear.bias.detach().float()
-            for part, name in _NORMS.items():
+            for part, name in (_MORE_NORMS if hasattr(layer, "post_feedforward_layernorm") else _NORMS).items():
                 holder, _, leaf = name.rpartition(".")
                 norm = getattr(layer.get_submodule(holder), leaf, None)
                 if norm is not None:
-                    yield index, part, norm.weight.detach().float() + centre
+                    every = part in ("q_norm", "k_norm") and norm.weight.numel() != layer.self_attn.head_dim
+                    yield index, f"{part}_all" if every else part, norm.weight.detach().float() + centre
         yield len(self.layers), PARTS[0], self.norm.weight.detach().float() + centre
 
     def _fingerprint(self) -> list[tuple[Any, int]]:
@@ -436,18 +456,47 @@ class FusedDecoder(Replacement):
                 vectors.append(tensor)
         for index, layer in enumerate(self.layers):
             plan[index, PARTS.index("window")] = _window(layer, self.config) or -1
+            plan[index, PARTS.index("rope")] = _rope(layer, self.config)
         self._arena = arena, torch.cat(vectors), plan
         self._stamp = self._fingerprint()
         self._number = next(_numbers)
         return True
 
     def _extend(self, positions: int) -> None:
-        """Tables of the rotary embedding for at least so many positions."""
+        """Tables of the rotary embedding for at least so many positions; those of layers that differ line by line in turn."""
         with _lock:
-            count = max(positions + 256, 2 * len(self._angles[0]), 1024)
-            cos, sin = self.rotary_emb(torch.empty(0), torch.arange(count)[None])
-            half = cos.shape[-1] // 2
-            self._angles = cos[0, :, :half].float().contiguous(), sin[0, :, :half].float().contiguous()
+            ropes = _ropes(self.config)
+            count = max(positions + 256, 2 * len(self._angles[0]) // len(ropes), 1024)
+            line = torch.arange(count)[None]
+            tables = [self.rotary_emb(torch.empty(0), line, *([] if kind is None else [kind])) for kind in ropes]
+            half = tables[0][0].shape[-1] // 2
+            cos, sin = (torch.stack([table[which][0, :, :half].float() for table in tables], 1).flatten(0, 1) for which in (0, 1))
+            self._angles = cos, sin
+
+
+def _activation(config: Any) -> str:
+    """What the MLP's gate goes through; Gemma 2 and 3 have their own name for it."""
+    own: str = config.hidden_act if hasattr(config, "hidden_act") else config.hidden_activation
+    return own
+
+
+def _softcap(attention: Any) -> float:
+    """Of the scores; 0 if there is none. Gemma 3 has the field and does not use it."""
+    return float(attention.attn_logit_softcapping or 0) if type(attention).__name__ == "Gemma2Attention" else 0.0
+
+
+def _ropes(config: Any) -> list[str | None]:
+    """The kinds of layers that have rotary embeddings of their own, in a fixed order; [None] if all share one."""
+    kinds = [kind for kind, rope in (config.rope_parameters or {}).items() if isinstance(rope, dict) and kind in config.layer_types]
+    return [*sorted(kinds)] or [None]
+
+
+def _rope(layer: Any, config: Any) -> int:
+    """Which of `_ropes` a layer has; -1 if it does not rotate."""
+    if not getattr(layer.self_attn, "use_rope", True):
+        return -1
+    kinds = _ropes(config)
+    return 0 if kinds == [None] else kinds.index(config.layer_types[layer.self_attn.layer_idx])
 
 
 def _window(layer: nn.Module, config: Any) -> int | None:
@@ -468,7 +517,7 @@ def fuse(model: nn.Module) -> nn.Module:
     found = {
         name: module
         for name, module in model.named_modules()
-        if name and type(module).__name__ in MODELS and type(module).__module__.startswith("transformers.models.")
+        if name and type(module).__name__ in (*MODELS, *OTHERS) and type(module).__module__.startswith("transformers.models.")
     }
 
     def make(name: str, module: nn.Module) -> nn.Module | str:

@@ -25,7 +25,7 @@ from ..sparse_linear.attention import TOKENS, attend, compress_kv, expand_kv, fr
 NAME = "torch_cpu_ext_sparse"
 
 _SLACK = 64  # tokens the tail may hold beyond its window, so that pages leave it several at a time
-_FEW = 8  # queries up to which a step counts as decoding
+_FEW = 8  # new tokens that attention over pages takes at least
 
 
 class SparseKVLayer(CacheLayerMixin):
@@ -88,8 +88,8 @@ class SparseKVLayer(CacheLayerMixin):
             args: not used.
             kwargs: not used.
         Returns:
-            What the attention implementation `NAME` wants: all keys and values, dense, where many tokens are new; else the new ones, the
-            keys with this layer as their attribute ``sparse_kv``.
+            What the attention implementation `NAME` wants: all keys and values, dense, where many tokens are new (more than half the
+            window, and than 8); else the new ones, the keys with this layer as their attribute ``sparse_kv``.
         Raises:
             ValueError: the model uses another attention implementation, which would not see the tokens before.
         """
@@ -101,7 +101,8 @@ class SparseKVLayer(CacheLayerMixin):
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         new = {"key": key_states, "value": value_states}
-        if self.get_seq_length() and key_states.shape[2] <= _FEW:
+        # Half the window, so that every query of the step sees the other half of it dense.
+        if self.get_seq_length() and key_states.shape[2] <= max(_FEW, self.window // 2):
             self._append(new)
             key_states = key_states[:]  # the attribute belongs to this call, not to the caller's tensor
             key_states.sparse_kv = self  # type: ignore[attr-defined]

@@ -17,6 +17,7 @@ from .ops import _HEADER, _check_float, _linear_reference, _read_header, _type_n
 PARTS = (
     *("input_norm", "q", "k", "v", "o", "post_norm", "gate", "up", "down", "q_norm", "k_norm"),
     *("q_bias", "k_bias", "v_bias", "o_bias", "gate_bias", "up_bias", "down_bias", "window"),
+    *("attention_norm", "mlp_norm", "rope", "q_norm_all", "k_norm_all"),
 )
 MAX_ROWS = 8
 BLOCK = 16  # tokens
@@ -67,6 +68,7 @@ def decode(
     scale: float,
     activation: str = "silu",
     vocabulary: int = 0,
+    softcap: float = 0.0,
 ) -> Tensor:
     """Runs Llama-shaped layers on a few new tokens: norm, attention over the cache, norm, gated MLP, with their residuals.
 
@@ -77,10 +79,13 @@ def decode(
         hidden: the new tokens, ``(batch, tokens, hidden_size)``, float32, bfloat16 or float16; ``batch * tokens`` from 1 to 8.
         arena: 1-D uint8: all packed weights, as `pack` makes them.
         vectors: 1-D float32: all norms and biases.
-        plan: int64 ``(layers + 1, 19)``: where each of `PARTS` begins in ``arena`` (bytes) or ``vectors`` (elements), -1 where a layer has
-            none; in the last column the tokens that a query sees, itself included (a sliding window), -1 for all. The last line has the
-            final norm and the packed output embedding in its first two columns, -1 to leave them out.
-        cos: float32 ``(positions, head_dim / 2)``, of the rotary embedding.
+        plan: int64 ``(layers + 1, 24)``: where each of `PARTS` begins in ``arena`` (bytes) or ``vectors`` (elements), -1 where a layer has
+            none. ``post_norm`` is the norm before the MLP; ``attention_norm`` and ``mlp_norm`` are of what attention and MLP give, before
+            it is added, and with them the norms before may be missing; ``q_norm`` and ``k_norm`` are of each head, ``q_norm_all`` and
+            ``k_norm_all`` of all heads together. In ``window``: the tokens that a query sees, itself included (a sliding window), -1 for
+            all. In ``rope``: what is added to ``positions`` in this layer, -1 where it does not rotate. The last line has the final norm
+            and the packed output embedding in its first two columns, -1 to leave them out.
+        cos: float32 ``(lines, head_dim / 2)``, of the rotary embedding: a line for each position, or several, for layers that differ.
         sin: likewise.
         positions: int64 ``(batch, tokens)``, lines of ``cos`` and ``sin``.
         starts: int64 ``(batch,)``: the first token of the cache that is not padding; None: all zero.
@@ -93,6 +98,7 @@ def decode(
         scale: of the scores, ``head_dim ** -0.5`` as a rule.
         activation: of the MLP's gate, ``"silu"`` or ``"gelu_tanh"``.
         vocabulary: rows of the output embedding; 0: give the hidden states instead of logits.
+        softcap: where it is not 0, a score becomes ``softcap * tanh(score / softcap)`` (Gemma 2, arXiv:2408.00118, section 2).
     Returns:
         ``(batch, tokens, hidden_size or vocabulary)``, dtype of ``hidden``.
     Raises:
@@ -101,6 +107,7 @@ def decode(
     return torch.ops.torch_cpu_ext.sparse_linear_decode(
         *(hidden, arena, vectors, plan, cos, sin, positions, starts, kv, length),
         **{"heads": heads, "inner": inner, "epsilon": epsilon, "scale": scale, "activation": activation, "vocabulary": vocabulary},
+        softcap=softcap,
     )
 
 
@@ -122,6 +129,7 @@ def _check(
     scale: float,
     activation: str = "silu",
     vocabulary: int = 0,
+    softcap: float = 0.0,
 ) -> None:
     def check(condition: bool, must: str, given: object) -> None:
         torch._check(condition, lambda: f"{_OP}: {must}, got {given}")
@@ -175,6 +183,7 @@ def _check(
         check_long("starts", starts, batch)
     check(0 <= vocabulary <= most, "vocabulary must be the rows of a head that the arena has, or 0", vocabulary)
     check(activation in ACTIVATIONS, "activation must be silu or gelu_tanh", activation)
+    check(0 <= softcap < 1e30, "softcap must be 0 or positive", f"{softcap:g}")
 
 
 def _decode_fake(hidden: Tensor, *rest: Any, **options: Any) -> Tensor:
@@ -200,8 +209,9 @@ def _decode_reference(
     scale: float,
     activation: str = "silu",
     vocabulary: int = 0,
+    softcap: float = 0.0,
 ) -> Tensor:
-    options: dict[str, Any] = {"heads": heads, "inner": inner, "epsilon": epsilon, "scale": scale}
+    options: dict[str, Any] = {"heads": heads, "inner": inner, "epsilon": epsilon, "scale": scale, "softcap": softcap}
     _check(hidden, arena, vectors, plan, cos, sin, positions, starts, kv, length, activation=activation, vocabulary=vocabulary, **options)
     batch, tokens, width = hidden.shape
     kv_heads, dim = kv.shape[3], kv.shape[6]
@@ -212,6 +222,9 @@ def _decode_reference(
 
     for position in positions.flatten().tolist():
         check(0 <= position < len(cos), f"positions must be 0 to {len(cos) - 1}", position)
+    farthest = max(positions.flatten().tolist())
+    for at in offsets[:-1]:
+        check(at["rope"] < len(cos) - farthest, "plan must name lines of cos", f"{at['rope']} beside position {farthest}")
     for start in [] if starts is None else starts.flatten().tolist():
         check(0 <= start <= length, f"starts must be 0 to {length} (length)", start)
     positions = positions.view(batch, tokens)
@@ -241,9 +254,11 @@ def _decode_reference(
         weight = floats(at, x.shape[-1])
         return x if weight is None else x * (x.square().mean(-1, keepdim=True) + epsilon).rsqrt() * weight
 
-    def rotate(x: Tensor) -> Tensor:  # (batch, tokens, heads, dim)
+    def rotate(x: Tensor, rope: int) -> Tensor:  # (batch, tokens, heads, dim)
+        if rope < 0:
+            return x
         a, b = x.chunk(2, -1)
-        c, s = cos[positions].unsqueeze(2), sin[positions].unsqueeze(2)
+        c, s = cos[positions + rope].unsqueeze(2), sin[positions + rope].unsqueeze(2)
         return torch.cat([a * c - b * s, b * c + a * s], -1)
 
     slots = torch.arange(length + tokens)
@@ -253,23 +268,26 @@ def _decode_reference(
         seen = seen & (slots >= starts[:, None, None])
     x = hidden.float()
     for layer, at in enumerate(offsets[:-1]):
-        for part in ("input_norm", "post_norm"):
-            check(at[part] >= 0, "plan must have a norm in each layer", f"none in layer {layer}")
+        for part, after in (("input_norm", "attention_norm"), ("post_norm", "mlp_norm")):
+            check(at[part] >= 0 or at[after] >= 0, "plan must have a norm in each layer", f"none in layer {layer}")
         y = norm(x, at["input_norm"])
-        q = linear(y, at["q"], heads * dim, at["q_bias"]).view(batch, tokens, heads, dim)
-        k = linear(y, at["k"], kv_heads * dim, at["k_bias"]).view(batch, tokens, kv_heads, dim)
+        q = norm(linear(y, at["q"], heads * dim, at["q_bias"]), at["q_norm_all"]).view(batch, tokens, heads, dim)
+        k = norm(linear(y, at["k"], kv_heads * dim, at["k_bias"]), at["k_norm_all"]).view(batch, tokens, kv_heads, dim)
         v = linear(y, at["v"], kv_heads * dim, at["v_bias"]).view(batch, tokens, kv_heads, dim)
-        q, k = rotate(norm(q, at["q_norm"])), rotate(norm(k, at["k_norm"]))
+        q, k = rotate(norm(q, at["q_norm"]), at["rope"]), rotate(norm(k, at["k_norm"]), at["rope"])
         write_cache(kv[layer : layer + 1], length, torch.stack([k, v]).transpose(2, 3)[None])
         keys, values = read_cache(kv[layer : layer + 1], length + tokens)[0].float().repeat_interleave(heads // kv_heads, 2)
         scores = (q.transpose(1, 2) * scale) @ keys.transpose(2, 3)
+        if softcap:
+            scores = softcap * (scores / softcap).tanh()
         near = seen if at["window"] <= 0 else seen & (slots > own - at["window"])
         attended = scores.masked_fill(~near[:, None], -torch.inf).softmax(-1) @ values
-        x = x + linear(attended.transpose(1, 2).reshape(batch, tokens, heads * dim), at["o"], width, at["o_bias"])
+        y = linear(attended.transpose(1, 2).reshape(batch, tokens, heads * dim), at["o"], width, at["o_bias"])
+        x = x + norm(y, at["attention_norm"])
         y = norm(x, at["post_norm"])
         gate, up = linear(y, at["gate"], inner, at["gate_bias"]), linear(y, at["up"], inner, at["up_bias"])
         gate = torch.nn.functional.silu(gate) if activation == "silu" else torch.nn.functional.gelu(gate, approximate="tanh")
-        x = x + linear(gate * up, at["down"], width, at["down_bias"])
+        x = x + norm(linear(gate * up, at["down"], width, at["down_bias"]), at["mlp_norm"])
     x = norm(x, offsets[-1][PARTS[0]])
     if vocabulary:
         x = linear(x, offsets[-1][PARTS[1]], vocabulary)
@@ -278,7 +296,8 @@ def _decode_reference(
 
 define(
     f"{_OP}(Tensor hidden, Tensor arena, Tensor vectors, Tensor plan, Tensor cos, Tensor sin, Tensor positions, Tensor? starts, "
-    'Tensor(a!) kv, int length, *, int heads, int inner, float epsilon, float scale, str activation="silu", int vocabulary=0) -> Tensor',
+    "Tensor(a!) kv, int length, *, int heads, int inner, float epsilon, float scale, "
+    'str activation="silu", int vocabulary=0, float softcap=0.0) -> Tensor',
     fake=_decode_fake,
     reference=_decode_reference,
 )
