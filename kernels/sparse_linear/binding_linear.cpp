@@ -95,7 +95,7 @@ Tensor gated(Tensor input, Tensor gate, Tensor up, std::optional<Tensor> gate_bi
   const Steps& steps = kGate.get();
   void* const target = out.mutable_data_ptr();
   const int64_t threads = threads_for(work_of(g.weight, m) + work_of(u.weight, m)), tiles = divide_up(m, kRowTile);
-  const int64_t parts = parts_of(g.weight, m, threads);
+  const int64_t parts = parts_of(g.weight, m, threads == 1 ? 1 : 2 * threads);  // each is twice the work
   std::atomic<bool> gate_intact{true}, up_intact{true};
   // Each item computes the same outputs of both, so that they are multiplied while they are in the cache.
   const auto run = [&](int64_t item) {
