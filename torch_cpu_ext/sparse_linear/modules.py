@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from itertools import accumulate
-from typing import Any, cast
+from typing import Any, Self, cast
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +12,11 @@ from ..core.swap import Replacement, Row, tensor_bytes
 from . import ops
 from .config import SparseLinearConfig
 from .pruning import magnitude_mask
+
+_CONSTANT = (
+    "the packed weight of a SparseLinear is a constant and cannot be set or trained; gradients reach the input and the bias. "
+    "torch_cpu_ext.restore(model) gives an nn.Linear that trains"
+)
 
 
 class SparseLinear(Replacement):
@@ -138,9 +143,27 @@ class SparseLinear(Replacement):
             input, self.packed, self.bias, self.out_features, activation_group=self.activation_group
         )
 
+    def requires_grad_(self, requires_grad: bool = True) -> Self:
+        """As of any module for False; True is refused, since the weight would not train. Ask the bias itself for gradients.
+
+        Raises:
+            RuntimeError: ``requires_grad`` is True.
+        """
+        if requires_grad:
+            raise RuntimeError(f"requires_grad_: {_CONSTANT}")
+        return super().requires_grad_(False)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "weight":
+            raise AttributeError(f"weight: {_CONSTANT}")
+        super().__setattr__(name, value)
+
     @property
     def weight(self) -> Tensor:
-        """The dense weight, ``(out_features, in_features)``; a copy, unpacked anew at every access, hence slow and read-only."""
+        """The dense weight, ``(out_features, in_features)``; a copy, unpacked anew at every access, hence slow and read-only.
+
+        What happens to the copy does not reach the layer: it has no gradient, and an optimizer that is given it trains nothing.
+        """
         name = next(name for name, kind in ops.FLOATS.items() if kind == self.weight_dtype)
         return ops.unpack(self.packed, self.out_features, self.in_features, dtype=name)
 
