@@ -300,7 +300,7 @@ def linear_sample(
     x = torch.randn(*shape, inputs, generator=generator).to(kind)
     b = None if bias is None else torch.randn(outputs, generator=generator).to(bias)
     packed = torch.ops.torch_cpu_ext.sparse_linear_pack(weight, dtype=dtype, layout=layout, **grid)
-    args = {"input": x, "packed": packed, "bias": b, "out_features": outputs, "activation_group": group}
+    args = {"input": x, "packed": packed, "bias": b, "out_features": outputs, "activation_group": group, "stream_rows": 0}
     name = f"{dtype} {layout} {grid or ''} {shape} x {outputs} x {inputs} {kind} bias={bias} group={group}"
     return Sample(name, args, functools.cache(lambda: product(x, weight, dtype, b, group, layout, **grid)))
 
@@ -322,7 +322,11 @@ def _linear_samples() -> list[Sample]:
             samples.append(linear_sample(shape, weight, dtype, layout, kind, torch.float32, 32))
         samples.append(linear_sample((515,), weight[:33, :65], dtype, layout, kind, None, 64))  # past one tile of 512 rows
         samples.append(linear_sample((1030,), weight[:17, :70], dtype, layout, kind, None, 32))
-        samples += [linear_sample((m,), weight, dtype, layout, kind, None, 64) for m in range(1, 21)]
+        few = [linear_sample((m,), weight, dtype, layout, kind, None, 64) for m in range(1, 21)]
+        samples += few
+        for sample, rows in zip(few, itertools.cycle((1, 3, 6, 16)), strict=False):
+            args = sample.args | {"stream_rows": rows}
+            samples.append(Sample(f"{sample.name} stream_rows={rows}", args, sample.expected))
     return samples
 
 
@@ -427,6 +431,7 @@ _LINEAR = Case(
         *_wrong_packed("sparse_linear"),
         Bad("sparse_linear: input must have at least one dimension, got a scalar", replaced(input=torch.tensor(1.0))),
         Bad("sparse_linear: activation_group must be 32 or 64, got 16", replaced(activation_group=16)),
+        Bad("sparse_linear: stream_rows must be 0 or more, got -1", replaced(stream_rows=-1)),
         Bad("sparse_linear: activation_group must be 32 or 64, got 0", replaced(activation_group=0)),
         Bad("sparse_linear: activation_group must be 32 or 64, got -32", replaced(activation_group=-32)),
         Bad(
@@ -481,7 +486,7 @@ def gated_sample(
     biases = [torch.randn(outputs, generator=generator).to(one) if bias else None for one in (torch.float32, torch.bfloat16)]
     packed = [torch.ops.torch_cpu_ext.sparse_linear_pack(w, dtype=d, layout=layout) for w, d in zip(weights, kinds, strict=True)]
     args = {"input": x, "gate": packed[0], "up": packed[1], "gate_bias": biases[0], "up_bias": biases[1], "out_features": outputs}
-    args |= {"activation": activation, "activation_group": group}
+    args |= {"activation": activation, "activation_group": group, "stream_rows": 0}
     return Sample(
         f"{kinds} {layout} {shape} x {outputs} x {inputs} {kind} bias={bias} {activation}",
         args,
@@ -567,6 +572,7 @@ _GATED = Case(
         Bad("sparse_linear_gated: activation must be silu or gelu_tanh, got relu", replaced(activation="relu")),
         Bad("sparse_linear_gated: input must have at least one dimension, got a scalar", replaced(input=torch.tensor(1.0))),
         Bad("sparse_linear_gated: activation_group must be 32 or 64, got 16", replaced(activation_group=16)),
+        Bad("sparse_linear_gated: stream_rows must be 0 or more, got -1", replaced(stream_rows=-1)),
         Bad("sparse_linear_gated: gate_bias must be 1-D with 33 elements, got 1-D with 32", replaced(gate_bias=lambda b: b[:-1])),
         Bad("sparse_linear_gated: up_bias must be 1-D with 33 elements, got 2-D with 33", replaced(up_bias=lambda b: b[None])),
         Bad(
@@ -594,6 +600,7 @@ def group_sample(shape: tuple[int, ...], parts: list[tuple[int, str]], inputs: i
         "bias": biases,
         "out_features": [outputs for outputs, _ in parts],
         "activation_group": 32,
+        "stream_rows": 0,
     }
 
     def expected() -> tuple[Tensor, Tensor]:
@@ -662,6 +669,7 @@ _GROUP_OP = Case(
         Bad(_LENGTHS + "0, 0 and 0", replaced(packed=[], out_features=[], bias=[])),
         Bad("sparse_linear_group: input must have at least one dimension, got a scalar", replaced(input=torch.tensor(1.0))),
         Bad("sparse_linear_group: activation_group must be 32 or 64, got 16", replaced(activation_group=16)),
+        Bad("sparse_linear_group: stream_rows must be 0 or more, got -1", replaced(stream_rows=-1)),
         Bad("sparse_linear_group: bias must be 1-D with 17 elements, got 1-D with 16", replaced(bias=lambda b: [b[0], b[1][:-1]])),
         Bad("sparse_linear_group: bias must be float32, bfloat16 or float16, got Double", replaced(bias=lambda b: [b[0], b[1].double()])),
         Bad(

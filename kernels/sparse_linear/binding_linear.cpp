@@ -40,8 +40,9 @@ void multiply(Rows& rows, std::vector<Product>& products) {
   rows.check_intact(intact);
 }
 
-Tensor linear(Tensor input, Tensor packed, std::optional<Tensor> bias, int64_t out_features, int64_t activation_group) {
-  Rows rows("sparse_linear", input, activation_group);
+Tensor linear(Tensor input, Tensor packed, std::optional<Tensor> bias, int64_t out_features, int64_t activation_group,
+              int64_t stream_rows) {
+  Rows rows("sparse_linear", input, activation_group, stream_rows);
   std::vector<Product> products{rows.product(packed, bias, out_features)};
   Tensor out = rows.output(out_features);
   if (out.numel() == 0) return out;
@@ -51,12 +52,12 @@ Tensor linear(Tensor input, Tensor packed, std::optional<Tensor> bias, int64_t o
 }
 
 std::vector<Tensor> group(Tensor input, std::vector<Tensor> packed, std::vector<Tensor> bias, std::vector<int64_t> out_features,
-                          int64_t activation_group) {
+                          int64_t activation_group, int64_t stream_rows) {
   static const char* op = "sparse_linear_group";
   STD_TORCH_CHECK(!packed.empty() && out_features.size() == packed.size() && (bias.empty() || bias.size() == packed.size()), op,
                   ": packed, out_features and bias must be lists of one length, at least 1 (bias: or 0), got ", packed.size(), ", ",
                   out_features.size(), " and ", bias.size());
-  Rows rows(op, input, activation_group);
+  Rows rows(op, input, activation_group, stream_rows);
   std::vector<Product> products;
   for (size_t i = 0; i < packed.size(); ++i) {
     products.push_back(rows.product(packed[i], bias.empty() ? std::nullopt : std::optional(bias[i]), out_features[i]));
@@ -74,10 +75,10 @@ std::vector<Tensor> group(Tensor input, std::vector<Tensor> packed, std::vector<
 }
 
 Tensor gated(Tensor input, Tensor gate, Tensor up, std::optional<Tensor> gate_bias, std::optional<Tensor> up_bias, int64_t out_features,
-             std::string activation, int64_t activation_group) {
+             std::string activation, int64_t activation_group, int64_t stream_rows) {
   static const char* op = "sparse_linear_gated";
   STD_TORCH_CHECK(activation == "silu" || activation == "gelu_tanh", op, ": activation must be silu or gelu_tanh, got ", activation);
-  Rows rows(op, input, activation_group);
+  Rows rows(op, input, activation_group, stream_rows);
   Product g = rows.product(gate, gate_bias, out_features, "gate", "gate_bias");
   Product u = rows.product(up, up_bias, out_features, "up", "up_bias");
   Tensor out = rows.output(out_features);

@@ -28,10 +28,11 @@ inline void check_shape(const Packed& weight, int64_t outputs, int64_t inputs, c
 // The rows of one tensor, checked, and prepared once for all weights of a dtype.
 class Rows {
  public:
-  Rows(const char* op, const Tensor& input, int64_t activation_group)
-      : op_(op), type_(float_type(input, op, "input")), x_group_(activation_group) {
+  Rows(const char* op, const Tensor& input, int64_t activation_group, int64_t stream_rows)
+      : op_(op), type_(float_type(input, op, "input")), x_group_(activation_group), stream_rows_(stream_rows) {
     STD_TORCH_CHECK(input.dim() >= 1, op, ": input must have at least one dimension, got a scalar");
     STD_TORCH_CHECK(activation_group == 32 || activation_group == 64, op, ": activation_group must be 32 or 64, got ", activation_group);
+    STD_TORCH_CHECK(stream_rows >= 0, op, ": stream_rows must be 0 or more, got ", stream_rows);
     shape_.assign(input.sizes().begin(), input.sizes().end());
     for (size_t i = 0; i + 1 < shape_.size(); ++i) rows_ *= shape_[i];
     input_ = torch::stable::contiguous(input);
@@ -53,7 +54,8 @@ class Rows {
     const Packed weight = checked(packed, op_, name);
     check_shape(weight, outputs, shape_.back(), op_, name);
     STD_TORCH_CHECK(weight.dtype != DType::int4 || x_group_ == 32, op_, ": activation_group must be 32 for int4 weights, got ", x_group_);
-    return {weight, rows_, nullptr, nullptr, nullptr, x_group_, bias ? floats(*bias, outputs, bias_name) : nullptr, nullptr, type_};
+    return {weight,  rows_, nullptr,     nullptr, nullptr, x_group_, bias ? floats(*bias, outputs, bias_name) : nullptr,
+            nullptr, type_, stream_rows_};
   }
 
   // Points a product to x as the kernel reads it that is returned.
@@ -66,7 +68,9 @@ class Rows {
         return *one.kernel;
       }
     }
-    const Variant& kernel = variant(p.weight.dtype, rows_);
+    // Who gives a number of rows to stream means tiles, too, for the others.
+    const int64_t size = stream_rows_ == 0 ? rows_ : streams(p.weight, rows_, stream_rows_) ? kTileLeastRows - 1 : kTileLeastRows;
+    const Variant& kernel = variant(p.weight.dtype, size);
     // Rows that need neither conversion nor padding are read where they are.
     const void* source = input_.const_data_ptr();
     const int64_t k = p.weight.inputs, m = rows_;
@@ -121,7 +125,7 @@ class Rows {
 
   const char* op_;
   Float type_;
-  int64_t x_group_;
+  int64_t x_group_, stream_rows_;
   std::vector<int64_t> shape_;
   int64_t rows_ = 1;
   Tensor input_;

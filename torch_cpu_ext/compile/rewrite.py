@@ -216,7 +216,7 @@ def _groups(graph: fx.Graph) -> Iterator[list[fx.Node]]:
         if node.target in _PRODUCT and len(node.args) == 4 and isinstance(node.args[3], int):
             input, packed, bias, _ = node.args
             if packed.op == "placeholder" and (bias is None or bias.op == "placeholder"):  # they are there before the first
-                key = input, node.kwargs.get("activation_group", 32), bias is None
+                key = input, bias is None, tuple(sorted(node.kwargs.items()))
                 found.setdefault(key, []).append(node)
         elif _writes(node):
             yield from (group for group in found.values() if len(group) > 1)

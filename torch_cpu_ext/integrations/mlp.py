@@ -67,6 +67,7 @@ class SparseMLP(SharingReplacement):
             *(x, gate.packed, up.packed, gate.bias, up.bias, gate.out_features),
             activation=self._activation,
             activation_group=gate.activation_group,
+            stream_rows=gate.stream_rows,
         )
         return modules["down_proj"](inner)
 

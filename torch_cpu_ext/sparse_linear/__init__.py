@@ -13,6 +13,7 @@ from .prune_config import PruneConfig
 from .pruner import PrunedLayer, PruneReport, prune
 from .pruning import magnitude_mask, wanda_mask
 from .swap import swap_linear
+from .tune import tune
 
 __all__ = [
     "KernelInfo",
@@ -38,6 +39,7 @@ __all__ = [
     "prune",
     "swap_linear",
     "to_blocks",
+    "tune",
     "unpack",
     "wanda_mask",
 ]

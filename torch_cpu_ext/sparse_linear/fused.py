@@ -30,7 +30,9 @@ def _named(op: str, packed: str = "packed", bias: str = "bias") -> Iterator[None
 # ----------------------------------------------------------------------------------------------------------------------------------- group
 
 
-def group(input: Tensor, packed: list[Tensor], bias: list[Tensor], out_features: list[int], *, activation_group: int = 32) -> list[Tensor]:
+def group(
+    input: Tensor, packed: list[Tensor], bias: list[Tensor], out_features: list[int], *, activation_group: int = 32, stream_rows: int = 0
+) -> list[Tensor]:
     """Several products of one input, as `linear` computes them, in one call: the input is prepared once, and threads are woken once.
 
     Meant for the query, key and value projections of attention.
@@ -41,12 +43,15 @@ def group(input: Tensor, packed: list[Tensor], bias: list[Tensor], out_features:
         bias: for each weight its bias, as in `linear`; an empty list: there are none.
         out_features: rows of each weight.
         activation_group: as in `linear`.
+        stream_rows: as in `linear`.
     Returns:
         For each weight ``(..., out_features)``, dtype of ``input``; the same bits as `linear` gives.
     Raises:
         RuntimeError: the lists differ in length, or as for `linear`.
     """
-    return torch.ops.torch_cpu_ext.sparse_linear_group(input, packed, bias, out_features, activation_group=activation_group)
+    return torch.ops.torch_cpu_ext.sparse_linear_group(
+        input, packed, bias, out_features, activation_group=activation_group, stream_rows=stream_rows
+    )
 
 
 _Part = tuple[Tensor, Tensor | None, int]
@@ -66,19 +71,17 @@ def _parts(packed: list[Tensor], bias: list[Tensor], out_features: list[int]) ->
 
 
 def _group_fake(
-    input: Tensor, packed: list[Tensor], bias: list[Tensor], out_features: list[int], *, activation_group: int = 32
+    input: Tensor, packed: list[Tensor], bias: list[Tensor], out_features: list[int], *, activation_group: int = 32, stream_rows: int = 0
 ) -> list[Tensor]:
     with _named("sparse_linear_group"):
         for part in _parts(packed, bias, out_features):
-            _check_linear(input, *part, activation_group)
+            _check_linear(input, *part, activation_group, stream_rows)
     return [input.new_empty((*input.shape[:-1], features)) for features in out_features]
 
 
-def _group_reference(
-    input: Tensor, packed: list[Tensor], bias: list[Tensor], out_features: list[int], *, activation_group: int = 32
-) -> list[Tensor]:
+def _group_reference(input: Tensor, packed: list[Tensor], bias: list[Tensor], out_features: list[int], **options: int) -> list[Tensor]:
     with _named("sparse_linear_group"):
-        return [_linear_reference(input, *part, activation_group=activation_group) for part in _parts(packed, bias, out_features)]
+        return [_linear_reference(input, *part, **options) for part in _parts(packed, bias, out_features)]
 
 
 def _group_setup(ctx: Any, inputs: tuple[Any, ...], keyword_only_inputs: dict[str, Any] | None = None, output: Any = None) -> None:
@@ -107,7 +110,8 @@ def _group_backward(ctx: Any, grads: list[Tensor]) -> tuple[Any, ...]:
 
 
 define(
-    "sparse_linear_group(Tensor input, Tensor[] packed, Tensor[] bias, int[] out_features, *, int activation_group=32) -> Tensor[]",
+    "sparse_linear_group(Tensor input, Tensor[] packed, Tensor[] bias, int[] out_features, *, int activation_group=32, int stream_rows=0) "
+    "-> Tensor[]",
     fake=_group_fake,
     reference=_group_reference,
     setup=_group_setup,
@@ -128,6 +132,7 @@ def gated(
     *,
     activation: str = "silu",
     activation_group: int = 32,
+    stream_rows: int = 0,
 ) -> Tensor:
     """``activation(input @ gate.T + gate_bias) * (input @ up.T + up_bias)`` with packed weights: the first half of a gated MLP.
 
@@ -143,13 +148,15 @@ def gated(
         out_features: rows of each weight.
         activation: ``"silu"`` or ``"gelu_tanh"``.
         activation_group: as in `linear`.
+        stream_rows: as in `linear`.
     Returns:
         ``(..., out_features)``, dtype of ``input``. Backward computes both products again rather than keep them.
     Raises:
         RuntimeError: ``activation`` is none of those, or as for `linear`.
     """
     return torch.ops.torch_cpu_ext.sparse_linear_gated(
-        input, gate, up, gate_bias, up_bias, out_features, activation=activation, activation_group=activation_group
+        *(input, gate, up, gate_bias, up_bias, out_features),
+        **{"activation": activation, "activation_group": activation_group, "stream_rows": stream_rows},
     )
 
 
@@ -166,12 +173,13 @@ def _check_gated(
     *,
     activation: str = "silu",
     activation_group: int = 32,
+    stream_rows: int = 0,
 ) -> None:
     torch._check(activation in ACTIVATIONS, lambda: f"{_GATED}: activation must be silu or gelu_tanh, got {activation}")
     with _named(_GATED, "gate", "gate_bias"):
-        _check_linear(input, gate, gate_bias, out_features, activation_group)
+        _check_linear(input, gate, gate_bias, out_features, activation_group, stream_rows)
     with _named(_GATED, "up", "up_bias"):
-        _check_linear(input, up, up_bias, out_features, activation_group)
+        _check_linear(input, up, up_bias, out_features, activation_group, stream_rows)
 
 
 def _gated_fake(
@@ -205,13 +213,15 @@ def _gated_reference(
     *,
     activation: str = "silu",
     activation_group: int = 32,
+    stream_rows: int = 0,
 ) -> Tensor:
-    _check_gated(input, gate, up, gate_bias, up_bias, out_features, activation=activation, activation_group=activation_group)
+    options: dict[str, Any] = {"activation_group": activation_group, "stream_rows": stream_rows}
+    _check_gated(input, gate, up, gate_bias, up_bias, out_features, activation=activation, **options)
     x = input.float()
     with _named(_GATED, "gate", "gate_bias"):
-        gates = _linear_reference(x, gate, gate_bias, out_features, activation_group=activation_group)
+        gates = _linear_reference(x, gate, gate_bias, out_features, **options)
     with _named(_GATED, "up", "up_bias"):
-        ups = _linear_reference(x, up, up_bias, out_features, activation_group=activation_group)
+        ups = _linear_reference(x, up, up_bias, out_features, **options)
     return (_activate(gates, activation) * ups).to(input.dtype)
 
 
@@ -224,10 +234,11 @@ def _gated_setup(ctx: Any, inputs: tuple[Any, ...], keyword_only_inputs: dict[st
 def _gated_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     """Made of known ops, hence differentiable again."""
     input, gate, up, gate_bias, up_bias = ctx.saved_tensors
-    product, features, group = torch.ops.torch_cpu_ext.sparse_linear, ctx.out_features, ctx.options["activation_group"]
+    product, features = torch.ops.torch_cpu_ext.sparse_linear, ctx.out_features
+    group, rows = ctx.options["activation_group"], ctx.options["stream_rows"]
     x, grad = input.float(), grad.float()
-    gates = product(x, gate, gate_bias, features, activation_group=group)
-    ups = product(x, up, up_bias, features, activation_group=group)
+    gates = product(x, gate, gate_bias, features, activation_group=group, stream_rows=rows)
+    ups = product(x, up, up_bias, features, activation_group=group, stream_rows=rows)
     grad_up = grad * _activate(gates, ctx.options["activation"])
     grad_gate = grad * ups * _slope(gates, ctx.options["activation"])
     result: list[Tensor | None] = [None] * 6
@@ -242,7 +253,7 @@ def _gated_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
 
 define(
     "sparse_linear_gated(Tensor input, Tensor gate, Tensor up, Tensor? gate_bias, Tensor? up_bias, int out_features, *, "
-    'str activation="silu", int activation_group=32) -> Tensor',
+    'str activation="silu", int activation_group=32, int stream_rows=0) -> Tensor',
     fake=_gated_fake,
     reference=_gated_reference,
     setup=_gated_setup,

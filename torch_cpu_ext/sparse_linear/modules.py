@@ -68,6 +68,7 @@ class SparseLinear(Replacement):
         self.symmetric = config.symmetric
         self.weight_dtype = torch.float32  # of the dense weight that `weight` and `to_linear` give
         self.weight_requires_grad = True
+        self.stream_rows = 0  # set by `torch_cpu_ext.tune`
         self._original: tuple[Tensor, ...] = ()  # a dense weight that lives on: tied to another module, or kept on request
         self.register_buffer("packed", torch.empty(0, dtype=torch.uint8, device=device))
         self.bias = nn.Parameter(torch.zeros(out_features, device=device)) if bias else None
@@ -140,7 +141,7 @@ class SparseLinear(Replacement):
 
     def forward(self, input: Tensor) -> Tensor:
         return torch.ops.torch_cpu_ext.sparse_linear(
-            input, self.packed, self.bias, self.out_features, activation_group=self.activation_group
+            input, self.packed, self.bias, self.out_features, activation_group=self.activation_group, stream_rows=self.stream_rows
         )
 
     def requires_grad_(self, requires_grad: bool = True) -> Self:
