@@ -79,7 +79,7 @@ def _group_fake(
     return [input.new_empty((*input.shape[:-1], features)) for features in out_features]
 
 
-def _group_reference(input: Tensor, packed: list[Tensor], bias: list[Tensor], out_features: list[int], **options: int) -> list[Tensor]:
+def _group_reference(input: Tensor, packed: list[Tensor], bias: list[Tensor], out_features: list[int], **options: Any) -> list[Tensor]:
     with _named("sparse_linear_group"):
         return [_linear_reference(input, *part, **options) for part in _parts(packed, bias, out_features)]
 
