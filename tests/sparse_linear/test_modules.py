@@ -354,6 +354,8 @@ def test_training_the_weight_is_refused():
         one.requires_grad_()
     with pytest.raises(AttributeError, match="weight: the packed weight of a SparseLinear is a constant"):
         one.weight = nn.Parameter(torch.zeros(35, 70))
+    with pytest.raises(AttributeError, match="weight: the packed weight of a SparseLinear is a constant"):
+        one.weight = torch.zeros(35, 70)
     with pytest.raises(RuntimeError, match="only Tensors of floating point"):
         one.packed.requires_grad_()
     assert not one.weight.requires_grad

@@ -154,10 +154,11 @@ class SparseLinear(Replacement):
             raise RuntimeError(f"requires_grad_: {_CONSTANT}")
         return super().requires_grad_(False)
 
-    def __setattr__(self, name: str, value: Any) -> None:
+    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
+        """As of any module; a ``weight`` is refused."""
         if name == "weight":
             raise AttributeError(f"weight: {_CONSTANT}")
-        super().__setattr__(name, value)
+        super().register_parameter(name, param)
 
     @property
     def weight(self) -> Tensor:
@@ -167,6 +168,10 @@ class SparseLinear(Replacement):
         """
         name = next(name for name, kind in ops.FLOATS.items() if kind == self.weight_dtype)
         return ops.unpack(self.packed, self.out_features, self.in_features, dtype=name)
+
+    @weight.setter
+    def weight(self, value: Tensor) -> None:
+        raise AttributeError(f"weight: {_CONSTANT}")
 
     def _has_weights(self) -> bool:
         return self.packed.numel() > 0 and not self.packed.is_meta
