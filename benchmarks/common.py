@@ -22,8 +22,8 @@ from typing import Any
 import torch
 
 import torch_cpu_ext
-from torch_cpu_ext.cli.machine import cpu_name
 from torch_cpu_ext.core import isa
+from torch_cpu_ext.core.isa import cpu_name
 
 FOLDER = Path(__file__).resolve().parent
 Row = dict[str, Any]

@@ -301,7 +301,7 @@ def linear_sample(
     x = torch.randn(*shape, inputs, generator=generator).to(kind)
     b = None if bias is None else torch.randn(outputs, generator=generator).to(bias)
     packed = torch.ops.torch_cpu_ext.sparse_linear_pack(weight, dtype=dtype, layout=layout, **grid)
-    args = {"input": x, "packed": packed, "bias": b, "out_features": outputs, "activation_group": group}
+    args = {"input": x, "packed": packed, "bias": b, "out_features": outputs, "activation_group": group, "stream_rows": 0}
     name = f"{dtype} {layout} {grid or ''} {shape} x {outputs} x {inputs} {kind} bias={bias} group={group}"
     return Sample(name, args, functools.cache(lambda: product(x, weight, dtype, b, group, layout, **grid)))
 
@@ -323,7 +323,11 @@ def _linear_samples() -> list[Sample]:
             samples.append(linear_sample(shape, weight, dtype, layout, kind, torch.float32, 32))
         samples.append(linear_sample((515,), weight[:33, :65], dtype, layout, kind, None, 64))  # past one tile of 512 rows
         samples.append(linear_sample((1030,), weight[:17, :70], dtype, layout, kind, None, 32))
-        samples += [linear_sample((m,), weight, dtype, layout, kind, None, 64) for m in range(1, 21)]
+        few = [linear_sample((m,), weight, dtype, layout, kind, None, 64) for m in range(1, 21)]
+        samples += few
+        for sample, rows in zip(few, itertools.cycle((1, 3, 6, 16)), strict=False):
+            args = sample.args | {"stream_rows": rows}
+            samples.append(Sample(f"{sample.name} stream_rows={rows}", args, sample.expected))
     return samples
 
 
@@ -428,6 +432,7 @@ _LINEAR = Case(
         *_wrong_packed("sparse_linear"),
         Bad("sparse_linear: input must have at least one dimension, got a scalar", replaced(input=torch.tensor(1.0))),
         Bad("sparse_linear: activation_group must be 32 or 64, got 16", replaced(activation_group=16)),
+        Bad("sparse_linear: stream_rows must be 0 or more, got -1", replaced(stream_rows=-1)),
         Bad("sparse_linear: activation_group must be 32 or 64, got 0", replaced(activation_group=0)),
         Bad("sparse_linear: activation_group must be 32 or 64, got -32", replaced(activation_group=-32)),
         Bad(
@@ -452,6 +457,226 @@ _LINEAR = Case(
         ),
         Bad(
             "sparse_linear: packed must hold -1 x 67 (out_features x in_features), got 33 x 67", replaced(out_features=-1, bias=None), False
+        ),
+    ],
+)
+
+
+def _gated_product(
+    x: Tensor, weights: list[Tensor], kinds: tuple[str, str], bias: list[Tensor | None], layout: str, activation: str, group: int
+) -> tuple[Tensor, Tensor]:
+    """float64 and a bound, from those of the two products; their sums stay in float32."""
+    (g, of_g), (u, of_u) = (product(x.float(), w, d, b, group, layout) for w, d, b in zip(weights, kinds, bias, strict=True))
+    if activation == "silu":
+        gates = torch.nn.functional.silu(g)
+    else:
+        gates = torch.nn.functional.gelu(g, approximate="tanh")
+    exact = gates * u
+    bound = 1.13 * of_g * (u.abs() + of_u) + gates.abs() * of_u  # neither slope is above 1.13
+    bound += 4e-6 * (gates.abs() + 1e-3) * u.abs() + 1e-30  # of the exponential
+    return exact, bound + _UNIT[x.dtype] * (exact.abs() + bound) + _TINY[x.dtype]
+
+
+def gated_sample(
+    shape: tuple[int, ...], outputs: int, inputs: int, kinds: tuple[str, str], layout: str, kind: torch.dtype, bias: bool, activation: str
+) -> Sample:
+    generator = torch.Generator().manual_seed(hash((shape, outputs, inputs)) & 0xFFFF)
+    group = 32 if "int4" in kinds else 64
+    weights = [random_weight(outputs, inputs, 0.5, generator) / 4 for _ in range(2)]
+    x = torch.randn(*shape, inputs, generator=generator).to(kind)
+    biases = [torch.randn(outputs, generator=generator).to(one) if bias else None for one in (torch.float32, torch.bfloat16)]
+    packed = [torch.ops.torch_cpu_ext.sparse_linear_pack(w, dtype=d, layout=layout) for w, d in zip(weights, kinds, strict=True)]
+    args = {"input": x, "gate": packed[0], "up": packed[1], "gate_bias": biases[0], "up_bias": biases[1], "out_features": outputs}
+    args |= {"activation": activation, "activation_group": group, "stream_rows": 0}
+    return Sample(
+        f"{kinds} {layout} {shape} x {outputs} x {inputs} {kind} bias={bias} {activation}",
+        args,
+        functools.cache(lambda: _gated_product(x, weights, kinds, biases, layout, activation, group)),
+    )
+
+
+_KINDS = [(dtype, dtype) for dtype in DTYPES] + [("int8", "bf16"), ("int4", "fp32")]
+
+
+@functools.cache
+def _gated_samples() -> list[Sample]:
+    shapes, activations = itertools.cycle([(1,), (2, 3), (), (4,), (9,), (17,), (0,), (3, 1)]), itertools.cycle(("silu", "gelu_tanh"))
+    samples = [
+        gated_sample(next(shapes), outputs, inputs, kinds, layout, kind, bool(outputs % 2), next(activations))
+        for outputs, inputs in itertools.product((0, 1, 16, 33, 100), (0, 1, 64, 65, 130))
+        for kinds, layout, kind in zip(_KINDS, itertools.cycle(LAYOUTS), itertools.cycle(FLOATS.values()))
+    ]
+    wide = [
+        gated_sample((1030,), 17, 70, kinds, "sparse", kind, True, "silu") for kinds, kind in itertools.product(_KINDS, FLOATS.values())
+    ]
+    return samples + wide
+
+
+@functools.cache
+def _few_gated() -> list[Sample]:
+    return [
+        gated_sample((3,), 33, 67, ("fp32", "fp32"), "sparse", torch.float32, True, "silu"),
+        gated_sample((2, 4), 33, 67, ("int8", "int8"), "dense", torch.bfloat16, True, "gelu_tanh"),
+        gated_sample((5,), 33, 67, ("int4", "bf16"), "sparse", torch.float16, False, "silu"),
+    ]
+
+
+def _rounded_input(x: Tensor, packed: Tensor, group: int) -> Tensor:
+    """The input as a weight's kernel reads it, straight through for gradients; float64."""
+    values, dtype = numpy32(x), DTYPES[int(packed[12])]
+    if dtype == "bf16":
+        values = round_bf16(values)
+    elif dtype in ("int8", "int4"):
+        flat = values.reshape(-1, values.shape[-1])
+        padded = np.pad(flat, ((0, 0), (0, -flat.shape[1] % group))).reshape(len(flat), -1, group)
+        codes, scale = quantize(padded)
+        values = (codes * scale[..., None]).reshape(len(flat), -1)[:, : flat.shape[1]].reshape(values.shape)
+    return x.double() + (torch.from_numpy(np.ascontiguousarray(values)).double() - x.detach().double())
+
+
+def _dense_gated(args: Args) -> Tensor:
+    def part(name: str) -> Tensor:
+        packed, bias, x = args[name], args[f"{name}_bias"], args["input"]
+        weight = torch.ops.torch_cpu_ext.sparse_linear_unpack(packed, args["out_features"], x.shape[-1]).double()
+        return torch.nn.functional.linear(
+            _rounded_input(x, packed, args["activation_group"]), weight, None if bias is None else bias.double()
+        )
+
+    gate = part("gate")
+    gate = torch.nn.functional.silu(gate) if args["activation"] == "silu" else torch.nn.functional.gelu(gate, approximate="tanh")
+    return gate * part("up")
+
+
+def _instead(argument: str, bads: list[Bad]) -> list[Bad]:
+    """Cases of ``packed`` as those of another argument."""
+
+    def spoil(bad: Bad) -> Callable[[Args], Args]:
+        return lambda args: args | {argument: bad.spoil({"packed": args[argument]})["packed"]}
+
+    return [Bad(bad.message.replace(": packed must", f": {argument} must"), spoil(bad), bad.traced) for bad in bads]
+
+
+_GATED = Case(
+    op="sparse_linear_gated",
+    samples=_gated_samples,
+    few=_few_gated,
+    trains=("input", "gate_bias", "up_bias"),
+    dense=_dense_gated,
+    strided=("input", "gate_bias", "up_bias"),
+    batched="input",
+    bad=[
+        *_wrong_types("sparse_linear_gated", "input"),
+        *_wrong_types("sparse_linear_gated", "gate_bias"),
+        *_wrong_types("sparse_linear_gated", "up_bias"),
+        *_instead("gate", _wrong_packed("sparse_linear_gated")),
+        *_instead("up", _wrong_packed("sparse_linear_gated")),
+        Bad("sparse_linear_gated: activation must be silu or gelu_tanh, got relu", replaced(activation="relu")),
+        Bad("sparse_linear_gated: input must have at least one dimension, got a scalar", replaced(input=torch.tensor(1.0))),
+        Bad("sparse_linear_gated: activation_group must be 32 or 64, got 16", replaced(activation_group=16)),
+        Bad("sparse_linear_gated: stream_rows must be 0 or more, got -1", replaced(stream_rows=-1)),
+        Bad("sparse_linear_gated: gate_bias must be 1-D with 33 elements, got 1-D with 32", replaced(gate_bias=lambda b: b[:-1])),
+        Bad("sparse_linear_gated: up_bias must be 1-D with 33 elements, got 2-D with 33", replaced(up_bias=lambda b: b[None])),
+        Bad(
+            "sparse_linear_gated: up must hold 33 x 67 (out_features x in_features), got 32 x 67",
+            replaced(up=torch.ops.torch_cpu_ext.sparse_linear_pack(torch.ones(32, 67))),
+            traced=False,
+        ),
+        Bad(
+            "sparse_linear_gated: activation_group must be 32 for int4 weights, got 64",
+            replaced(up=lambda _: torch.ops.torch_cpu_ext.sparse_linear_pack(torch.ones(33, 67), dtype="int4"), activation_group=64),
+            traced=False,
+        ),
+    ],
+)
+
+
+def group_sample(shape: tuple[int, ...], parts: list[tuple[int, str]], inputs: int, layout: str, kind: torch.dtype, bias: bool) -> Sample:
+    generator = torch.Generator().manual_seed(hash((shape, len(parts), inputs)) & 0xFFFF)
+    x = torch.randn(*shape, inputs, generator=generator).to(kind)
+    weights = [random_weight(outputs, inputs, 0.5, generator) for outputs, _ in parts]
+    biases = [torch.randn(outputs, generator=generator).bfloat16() for outputs, _ in parts] if bias else []
+    args = {
+        "input": x,
+        "packed": [torch.ops.torch_cpu_ext.sparse_linear_pack(w, dtype=d, layout=layout) for w, (_, d) in zip(weights, parts, strict=True)],
+        "bias": biases,
+        "out_features": [outputs for outputs, _ in parts],
+        "activation_group": 32,
+        "stream_rows": 0,
+    }
+
+    def expected() -> tuple[Tensor, Tensor]:
+        every = [product(x, w, d, b, 32, layout) for w, (_, d), b in zip(weights, parts, biases or [None] * len(parts), strict=True)]
+        return torch.cat([exact.flatten() for exact, _ in every]), torch.cat([bound.flatten() for _, bound in every])
+
+    return Sample(f"{parts} {layout} {shape} x {inputs} {kind} bias={bias}", args, functools.cache(expected))
+
+
+_TRIPLES = [[(48, d), (16, d), (17, d)] for d in DTYPES] + [
+    [(33, "int8"), (33, "bf16"), (1, "int4")],
+    [(5, "int8")],
+    [(0, "bf16"), (20, "bf16")],
+]
+
+
+@functools.cache
+def _group_samples() -> list[Sample]:
+    shapes = itertools.cycle([(1,), (2, 3), (), (4,), (9,), (17,), (0,), (600,)])
+    return [
+        group_sample(next(shapes), parts, inputs, layout, kind, bool(inputs % 2))
+        for parts, inputs, layout, kind in itertools.product(_TRIPLES, (1, 64, 130), LAYOUTS, FLOATS.values())
+    ]
+
+
+@functools.cache
+def _few_group() -> list[Sample]:
+    return [
+        group_sample((3,), [(33, "int8"), (17, "int8")], 67, "sparse", torch.float32, True),
+        group_sample((2, 4), [(33, "bf16"), (17, "int8"), (17, "int4")], 67, "dense", torch.bfloat16, False),
+    ]
+
+
+def _dense_group(args: Args) -> Tensor:
+    every = []
+    for i, (packed, features) in enumerate(zip(args["packed"], args["out_features"], strict=True)):
+        bias = args["bias"][i] if args["bias"] else None
+        every.append(_dense_linear({"input": args["input"], "packed": packed, "bias": bias, "out_features": features}).flatten())
+    return torch.cat(every)
+
+
+def _first(bads: list[Bad]) -> list[Bad]:
+    """Cases of ``packed`` as those of the first weight of a list."""
+
+    def spoil(bad: Bad) -> Callable[[Args], Args]:
+        return lambda args: args | {"packed": [bad.spoil({"packed": args["packed"][0]})["packed"], *args["packed"][1:]]}
+
+    return [Bad(bad.message, spoil(bad), bad.traced) for bad in bads]
+
+
+_LENGTHS = "sparse_linear_group: packed, out_features and bias must be lists of one length, at least 1 (bias: or 0), got "
+_GROUP_OP = Case(
+    op="sparse_linear_group",
+    samples=_group_samples,
+    few=_few_group,
+    trains=("input",),
+    dense=_dense_group,
+    strided=("input",),
+    batched="input",
+    bad=[
+        *_wrong_types("sparse_linear_group", "input"),
+        *_first(_wrong_packed("sparse_linear_group")),
+        Bad(_LENGTHS + "1, 2 and 2", replaced(packed=lambda p: p[:1])),
+        Bad(_LENGTHS + "2, 1 and 2", replaced(out_features=lambda n: n[:1])),
+        Bad(_LENGTHS + "2, 2 and 1", replaced(bias=lambda b: b[:1])),
+        Bad(_LENGTHS + "0, 0 and 0", replaced(packed=[], out_features=[], bias=[])),
+        Bad("sparse_linear_group: input must have at least one dimension, got a scalar", replaced(input=torch.tensor(1.0))),
+        Bad("sparse_linear_group: activation_group must be 32 or 64, got 16", replaced(activation_group=16)),
+        Bad("sparse_linear_group: stream_rows must be 0 or more, got -1", replaced(stream_rows=-1)),
+        Bad("sparse_linear_group: bias must be 1-D with 17 elements, got 1-D with 16", replaced(bias=lambda b: [b[0], b[1][:-1]])),
+        Bad("sparse_linear_group: bias must be float32, bfloat16 or float16, got Double", replaced(bias=lambda b: [b[0], b[1].double()])),
+        Bad(
+            "sparse_linear_group: packed must hold 17 x 67 (out_features x in_features), got 33 x 67",
+            replaced(packed=lambda p: [p[0], p[0]]),
+            traced=False,
         ),
     ],
 )
@@ -1354,4 +1579,6 @@ _DECODE = Case(
     ],
 )
 
-CASES: dict[str, Case] = {case.op: case for case in (_LINEAR, _PACK, _UNPACK, _CHECK, _COMPRESS, _EXPAND, _ATTEND, _DECODE)}
+CASES: dict[str, Case] = {
+    case.op: case for case in (_LINEAR, _GROUP_OP, _GATED, _PACK, _UNPACK, _CHECK, _COMPRESS, _EXPAND, _ATTEND, _DECODE)
+}

@@ -21,6 +21,7 @@ from .sparse_linear import (
     kernel_info,
     prune,
     swap_linear,
+    tune,
 )
 
 __all__ = [
@@ -43,6 +44,7 @@ __all__ = [
     "restore",
     "save_checkpoint",
     "swap_linear",
+    "tune",
 ]
 
 

@@ -1,104 +1,20 @@
-// The ops of sparse_linear: checks, allocation, split of the work.
+// The ops that make packed weights and look into them: checks, allocation, split of the work.
 #include "../common/binding.h"
 
 #include <algorithm>
 #include <cmath>
 #include <vector>
 
-#include "format.h"
-#include "work.h"
+#include "products.h"
 
 namespace tce::sparse_linear {
 namespace {
-
-Packed checked(const Tensor& packed, const char* op) {
-  STD_TORCH_CHECK(packed.dim() == 1 && packed.scalar_type() == ScalarType::Byte && packed.is_contiguous() && packed.is_cpu(), op,
-                  ": packed must be a contiguous 1-D uint8 CPU tensor, as sparse_linear_pack makes it, got ", packed.dim(), "-D ",
-                  torch::headeronly::toString(packed.scalar_type()));
-  Packed weight;
-  const char* problem = open(static_cast<const uint8_t*>(packed.const_data_ptr()), packed.numel(), weight);
-  STD_TORCH_CHECK(!problem, op, ": packed must be intact, got ", problem);
-  return weight;
-}
-
-void check_shape(const Packed& weight, int64_t outputs, int64_t inputs, const char* op) {
-  STD_TORCH_CHECK(weight.outputs == outputs && weight.inputs == inputs, op, ": packed must hold ", outputs, " x ", inputs,
-                  " (out_features x in_features), got ", weight.outputs, " x ", weight.inputs);
-}
 
 DType dtype_of(const std::string& name, const char* op) {
   const char* names[] = {"fp32", "bf16", "int8", "int4"};
   for (uint32_t i = 0; i < 4; ++i)
     if (name == names[i]) return static_cast<DType>(i);
   STD_TORCH_CHECK(false, op, ": dtype must be fp32, bf16, int8 or int4, got ", name);
-}
-
-Tensor forward(Tensor input, Tensor packed, std::optional<Tensor> bias, int64_t out_features, int64_t activation_group) {
-  static const char* op = "sparse_linear";
-  const Float type = float_type(input, op, "input");
-  STD_TORCH_CHECK(input.dim() >= 1, op, ": input must have at least one dimension, got a scalar");
-  STD_TORCH_CHECK(activation_group == 32 || activation_group == 64, op, ": activation_group must be 32 or 64, got ", activation_group);
-  const Packed weight = checked(packed, op);
-  const int64_t k = input.size(input.dim() - 1);
-  check_shape(weight, out_features, k, op);
-  STD_TORCH_CHECK(weight.dtype != DType::int4 || activation_group == 32, op, ": activation_group must be 32 for int4 weights, got ",
-                  activation_group);
-  if (bias) {
-    STD_TORCH_CHECK(bias->dim() == 1 && bias->size(0) == out_features, op, ": bias must be 1-D with ", out_features, " elements, got ",
-                    bias->dim(), "-D with ", bias->numel());
-  }
-  const Float bias_type = bias ? float_type(*bias, op, "bias") : Float::fp32;
-
-  std::vector<int64_t> shape(input.sizes().begin(), input.sizes().end());
-  shape.back() = out_features;
-  Tensor out = torch::stable::new_empty(input, shape);
-  int64_t m = 1;
-  for (int64_t i = 0; i + 1 < input.dim(); ++i) m *= input.size(i);
-  if (m == 0 || out_features == 0) return out;
-  input = torch::stable::contiguous(input);
-  if (bias) bias = torch::stable::contiguous(*bias);
-
-  const Variant& kernel = variant(weight.dtype, m);
-  Product p{weight, m, nullptr, nullptr, nullptr, activation_group, nullptr, out.mutable_data_ptr(), type};
-  const bool scaled = has_codes(weight.dtype);
-  const bool cast_bias = bias && (bias_type != Float::fp32 || reinterpret_cast<uintptr_t>(bias->const_data_ptr()) % 4 != 0);
-  // Rows that need neither conversion nor padding are read where they are.
-  const void* source = input.const_data_ptr();
-  const bool as_is = weight.dtype == (type == Float::fp32 ? DType::fp32 : DType::bf16) && kernel.x_bytes == (type == Float::fp32 ? 4 : 2) &&
-                     type != Float::fp16 && k == p.padded_inputs() && reinterpret_cast<uintptr_t>(source) % 4 == 0;
-  const int64_t x_bytes = as_is ? 0 : round_up(m * p.padded_inputs() * kernel.x_bytes, 64), groups = scaled ? m * p.x_groups() : 0;
-  const Scratch scratch(x_bytes + groups * 8 + (cast_bias ? out_features * 4 : 0));
-  p.x = as_is ? const_cast<void*>(source) : scratch.get();  // only `prepare` writes to it
-  p.x_scale = reinterpret_cast<float*>(scratch.get() + x_bytes);
-  p.x_offset = reinterpret_cast<int32_t*>(p.x_scale + groups);
-  if (bias && !cast_bias) p.bias = static_cast<const float*>(bias->const_data_ptr());
-  if (cast_bias) {
-    float* values = p.x_scale + 2 * groups;
-    for (int64_t n = 0; n < out_features; ++n) values[n] = load_float(bias->const_data_ptr(), bias_type, n);
-    p.bias = values;
-  }
-
-  const int64_t grain = std::max<int64_t>(1, (16 << 10) / std::max<int64_t>(1, k));
-  if (as_is) {
-    // nothing to prepare
-  } else if (m <= grain) {
-    kernel.prepare(p, source, type, 0, m);
-  } else {
-    parallel_for(0, m, grain, [&](int64_t begin, int64_t end) { kernel.prepare(p, source, type, begin, end); });
-  }
-
-  std::atomic<bool> intact{true};
-  const int64_t tiles = divide_up(m, kRowTile);
-  const int64_t work = work_of(weight, m), threads = threads_for(work), parts = parts_of(weight, m, threads, kPartWork);
-  const auto run = [&](int64_t item) {
-    const int64_t part = item / tiles, row = item % tiles * kRowTile;
-    if (!kernel.run(p, cut(weight, part, parts), cut(weight, part + 1, parts), row, std::min(row + kRowTile, m))) intact = false;
-  };
-  for_each_dynamic(parts * tiles, threads, run, [&] {
-    if (kernel.finish) kernel.finish();
-  });
-  STD_TORCH_CHECK(intact, op, ": packed must be intact, got a panel whose bitmap and bytes disagree");
-  return out;
 }
 
 // One grid argument of `pack` as contiguous floats at any address, or null where it is not given.
@@ -218,7 +134,6 @@ Tensor check(Tensor packed) {
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(torch_cpu_ext, CPU, m) {
-  m.impl("sparse_linear", TORCH_BOX(&forward));
   m.impl("sparse_linear_pack", TORCH_BOX(&pack));
   m.impl("sparse_linear_unpack", TORCH_BOX(&unpack));
   m.impl("sparse_linear_check", TORCH_BOX(&check));

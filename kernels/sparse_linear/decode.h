@@ -4,6 +4,7 @@
 #include <cstdint>
 
 #include "../common/attention.h"
+#include "../common/floats.h"
 #include "../common/isa.h"
 
 namespace tce::sparse_linear {
@@ -26,6 +27,8 @@ struct Steps {
   // gate = f(gate) * up
   void (*multiply_gate)(float* gate, const float* up, Gate kind, int64_t n);
   void (*add)(float* to, const float* what, int64_t n);
+  // Rounds n values to elements [at, at + n) of an array of bf16 or fp16.
+  void (*round)(const float* values, Float type, int64_t at, int64_t n, void* out);
 };
 
 namespace scalar {

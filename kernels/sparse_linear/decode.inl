@@ -79,7 +79,16 @@ static void add(float* to, const float* what, int64_t n) {
   for (int64_t i = 0; i < n; ++i) to[i] += what[i];
 }
 
+static void round(const float* values, Float type, int64_t at, int64_t n, void* out) {
+  uint16_t* const to = static_cast<uint16_t*>(out) + at;
+  if (type == Float::bf16) {
+    for (int64_t i = 0; i < n; ++i) to[i] = float_to_bf16(values[i]);
+  } else {
+    for (int64_t i = 0; i < n; ++i) to[i] = float_to_fp16(values[i]);
+  }
+}
+
 template <typename T>
 static Steps decoder_steps() {
-  return {rms_norm, rotate, attend<T>, join_stretches, multiply_gate, add};
+  return {rms_norm, rotate, attend<T>, join_stretches, multiply_gate, add, round};
 }

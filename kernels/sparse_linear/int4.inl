@@ -138,15 +138,21 @@ static bool stream_units(const Product& p, int64_t panel, int64_t row_begin) {
 template <typename T>
 static bool run_int4(const Product& p, int64_t panel_begin, int64_t panel_end, int64_t row_begin, int64_t row_end) {
   const int64_t m = row_end - row_begin;
-  const bool stream = m <= T::kStreamRows;
+  const bool stream = T::kStreamRows > 0 && streams(p.weight, m, p.stream_rows);
   const std::unique_ptr<float[]> sums(stream ? nullptr : new float[m * kPanel]);
   for (int64_t panel = panel_begin; panel < panel_end; ++panel) {
-    const bool intact = !stream  ? run_units<T>(p, panel, row_begin, row_end, sums.get())
-                        : m == 1 ? stream_units<T, 1>(p, panel, row_begin)
-                        : m == 2 ? stream_units<T, 2>(p, panel, row_begin)
-                        : m == 3 ? stream_units<T, 3>(p, panel, row_begin)
-                                 : stream_units<T, 4>(p, panel, row_begin);
-    if (!intact) return false;
+    if (!stream) {
+      if (!run_units<T>(p, panel, row_begin, row_end, sums.get())) return false;
+      continue;
+    }
+    for (int64_t row = row_begin; row < row_end; row += kStreamRows) {
+      const int64_t count = row_end - row;
+      const bool intact = count == 1   ? stream_units<T, 1>(p, panel, row)
+                          : count == 2 ? stream_units<T, 2>(p, panel, row)
+                          : count == 3 ? stream_units<T, 3>(p, panel, row)
+                                       : stream_units<T, 4>(p, panel, row);
+      if (!intact) return false;
+    }
   }
   return true;
 }

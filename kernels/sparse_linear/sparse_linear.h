@@ -105,10 +105,24 @@ struct Product {
   const float* bias;  // [outputs], or null
   void* out;          // [m][outputs]
   Float out_type;
+  int64_t stream_rows = 0;  // rows of x up to which panels are streamed, see `streams`; 0: the built-in number
 
   int64_t padded_inputs() const { return round_up(weight.inputs, kChunk); }
   int64_t x_groups() const { return divide_up(weight.inputs, x_group); }
 };
+
+// Rows that one pass over a panel's stream serves.
+constexpr int64_t kStreamRows = 4;
+
+// Whether so many rows of x go through panels in passes of kStreamRows, with all sums in registers, in place of the kernels for many rows,
+// which expand pieces of a panel first. The built-in numbers were measured on Zen 4 (docs/techniques/sparse_linear.md); `tune` measures.
+inline bool streams(const Packed& weight, int64_t rows, int64_t stream_rows) {
+  if (stream_rows == 0) {
+    const bool sparse = weight.layout == Layout::sparse;
+    stream_rows = weight.dtype == DType::int4 ? 16 : weight.dtype == DType::int8 && sparse ? 8 : kStreamRows;
+  }
+  return rows <= stream_rows;
+}
 
 // What an instruction set offers for one dtype.
 struct Variant {

@@ -5,7 +5,7 @@
 //   expand(words, values, rows, out)          a chunk's rows in dense form; returns the end of the values, may read kTail bytes past it
 //   kRowBlock, kPanelBlock                    rows of x and panels one call of dot takes at most: powers of two, 1 or 2 panels
 //   dot<M, P>(weight, rows, x, sums)          adds `rows` packed rows of P panels times M rows of x to sums[m][panel][16]
-//   kStreamRows                               rows of x that `stream` takes at most (0: there is no stream)
+//   kStreamRows                               rows of x that `stream` takes at most: 4 (0: there is no stream)
 //   stream<M, layout>(cursor, rows, x, sums)  a whole panel times M rows of x in registers; false if a chunk is not readable
 
 template <typename T>
@@ -236,13 +236,16 @@ static bool run_stream(const Product& p, int64_t panel, int64_t row_begin) {
 template <typename T>
 static bool run(const Product& p, int64_t panel_begin, int64_t panel_end, int64_t row_begin, int64_t row_end) {
   const int64_t m = row_end - row_begin;
-  if (m <= T::kStreamRows) {
+  if (T::kStreamRows > 0 && streams(p.weight, m, p.stream_rows)) {
     for (int64_t panel = panel_begin; panel < panel_end; ++panel) {
-      const bool intact = m == 1   ? run_stream<T, 1>(p, panel, row_begin)
-                          : m == 2 ? run_stream<T, 2>(p, panel, row_begin)
-                          : m == 3 ? run_stream<T, 3>(p, panel, row_begin)
-                                   : run_stream<T, 4>(p, panel, row_begin);
-      if (!intact) return false;
+      for (int64_t row = row_begin; row < row_end; row += kStreamRows) {  // from the second pass on, the panel comes from a cache
+        const int64_t count = row_end - row;
+        const bool intact = count == 1   ? run_stream<T, 1>(p, panel, row)
+                            : count == 2 ? run_stream<T, 2>(p, panel, row)
+                            : count == 3 ? run_stream<T, 3>(p, panel, row)
+                                         : run_stream<T, 4>(p, panel, row);
+        if (!intact) return false;
+      }
     }
     return true;
   }

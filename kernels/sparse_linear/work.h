@@ -77,7 +77,7 @@ inline int64_t work_of(const Packed& weight, int64_t m) { return weight.bytes * 
 inline int64_t threads_for(int64_t work) { return work < kSerialWork ? 1 : torch::stable::get_num_threads(); }
 
 // Parts of so much work each that a product is split into.
-inline int64_t parts_of(const Packed& weight, int64_t m, int64_t threads, int64_t part_work) {
+inline int64_t parts_of(const Packed& weight, int64_t m, int64_t threads, int64_t part_work = kPartWork) {
   if (threads == 1) return 1;
   return std::min({divide_up(weight.panels(), 2), threads * kPartsPerThread, divide_up(work_of(weight, m), part_work)});
 }

@@ -1,10 +1,13 @@
 """Which layers of a graph are packed, and why others are not. Runs the rewritten graph as it is, without Inductor."""
 
+import copy
+
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
 
+import torch_cpu_ext as tce
 from torch_cpu_ext import SparseLinearConfig
 from torch_cpu_ext.compile.rewrite import rewrite
 
@@ -245,3 +248,66 @@ def test_an_embedding_that_renormalises_its_weight_may_write_to_it():
 
     layers, _ = inspect(Model(), torch.arange(5), config=INT8)
     assert {layer.reason for layer in layers} == {"weight has other uses in the graph"}
+
+
+class Projections(nn.Module):
+    """Three products of one input, as attention has them."""
+
+    def __init__(self, bias: bool = False, write: bool = False) -> None:
+        super().__init__()
+        self.q, self.k, self.v = nn.Linear(64, 48, bias), nn.Linear(64, 16, bias), nn.Linear(64, 16, bias)
+        self.write = write
+
+    def forward(self, x):
+        q = self.q(x).view(x.shape[0], 4, 12).transpose(0, 1)
+        if self.write:
+            x.mul_(2)
+        return q, self.k(x) + 1, self.v(x)
+
+
+def targets(function, *args, config=INT8):
+    """The ops of the rewritten graph, by name, and its result."""
+    found = []
+
+    def backend(gm, inputs):
+        new, _, slots, _ = rewrite(gm, inputs, config)
+        found.extend(getattr(node.target, "__name__", node.target) for node in new.graph.nodes if node.op == "call_function")
+        return lambda *given: new.forward(*given, *[slot.packed(given) for slot in slots])
+
+    return found, torch.compile(function, backend=backend, fullgraph=True)(*args)
+
+
+@pytest.mark.parametrize("packed_before", [False, True])
+@pytest.mark.parametrize("bias", [False, True])
+@torch.no_grad()
+def test_products_of_one_input_become_one_op(bias, packed_before):
+    model, x = Projections(bias), torch.randn(3, 64)
+    expected = tce.optimize(copy.deepcopy(model), INT8)(x)
+    if packed_before:
+        tce.optimize(model, INT8)
+    found, result = targets(model, x, config=None if packed_before else INT8)
+    assert [name for name in found if "sparse_linear" in name] == ["sparse_linear_group.default"]
+    for ours, theirs in zip(result, expected, strict=True):
+        assert ours.equal(theirs)
+
+
+@torch.no_grad()
+def test_a_write_to_the_input_keeps_products_apart():
+    model, x = Projections(write=True), torch.randn(3, 64)
+    expected = tce.optimize(copy.deepcopy(model), INT8)(x.clone())
+    found, result = targets(model, x)
+    assert sorted(name for name in found if "sparse_linear" in name) == ["sparse_linear.default", "sparse_linear_group.default"]
+    for ours, theirs in zip(result, expected, strict=True):
+        assert ours.equal(theirs)
+
+
+def test_gradients_through_joined_products():
+    model, x = tce.optimize(Projections(True), INT8), torch.randn(3, 64)
+    grads = []
+    for function in (model, torch.compile(model, backend="torch_cpu_ext", fullgraph=True)):
+        y = x.clone().requires_grad_()
+        model.zero_grad()
+        sum(part.square().sum() for part in function(y)).backward()
+        grads.append([y.grad, *(p.grad.clone() for p in model.parameters())])
+    for a, b in zip(*grads, strict=True):
+        torch.testing.assert_close(a, b)

@@ -10,6 +10,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._pytree import tree_map_only
 
 import torch_cpu_ext as tce
 from torch_cpu_ext.core.registry import CATALOGUE
@@ -222,7 +223,7 @@ def test_bad_arguments(case, bad):
         call(case, args, CATALOGUE[case.op].reference)
     if bad.traced:
         with FakeTensorMode() as mode, pytest.raises(RuntimeError, match=match):
-            call(case, {k: mode.from_tensor(v) if isinstance(v, Tensor) else v for k, v in args.items()})
+            call(case, tree_map_only(Tensor, mode.from_tensor, args))
 
 
 @every_case
@@ -254,7 +255,8 @@ def layer(case: Case, args: Args) -> torch.nn.Module:
 
         def forward(self, batched):
             values = [batched if name == case.batched else getattr(self, name) for name in positional]
-            return function(*values, **{name: getattr(self, name) for name in keyword})
+            result = function(*values, **{name: getattr(self, name) for name in keyword})
+            return result if isinstance(result, Tensor) else torch.cat([one.flatten() for one in result])
 
     return Layer()
 

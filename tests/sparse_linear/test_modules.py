@@ -346,3 +346,25 @@ def test_spec_round_trip():
         assert other.spec() == one.spec()
         assert repr(other) == repr(one)
         assert other.weight.dtype == one.weight.dtype
+
+
+def test_training_the_weight_is_refused():
+    one = layer()
+    with pytest.raises(RuntimeError, match=r"requires_grad_: the packed weight of a SparseLinear is a constant .*restore\(model\)"):
+        one.requires_grad_()
+    with pytest.raises(AttributeError, match="weight: the packed weight of a SparseLinear is a constant"):
+        one.weight = nn.Parameter(torch.zeros(35, 70))
+    with pytest.raises(AttributeError, match="weight: the packed weight of a SparseLinear is a constant"):
+        one.weight = torch.zeros(35, 70)
+    with pytest.raises(RuntimeError, match="only Tensors of floating point"):
+        one.packed.requires_grad_()
+    assert not one.weight.requires_grad
+    assert [name for name, _ in one.named_parameters()] == ["bias"]
+    assert not one.requires_grad_(False).bias.requires_grad
+
+
+def test_freezing_a_whole_model_and_training_its_biases():
+    model = nn.Sequential(layer(), nn.Linear(35, 2)).requires_grad_(False)
+    model.requires_grad_()  # of a model: the parameters it has
+    model(torch.randn(3, 70)).sum().backward()
+    assert all(parameter.grad is not None for parameter in model.parameters())

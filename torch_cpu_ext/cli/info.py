@@ -58,7 +58,7 @@ def collect() -> dict[str, Any]:
         "versions": {"torch_cpu_ext": __version__, "torch": torch.__version__, "python": platform.python_version()},
         "platform": platform.platform(),
         "cpu": {
-            "name": machine.cpu_name(),
+            "name": isa.cpu_name(),
             "isas": list(isa.supported()),
             "cap": cap,
             "features": sorted(name for name, value in torch.cpu.get_capabilities().items() if value is True),

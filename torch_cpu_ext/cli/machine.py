@@ -1,24 +1,11 @@
 """What to know of a machine: the names that numbers and bug reports go with."""
 
-import platform
 import shlex
 import shutil
 import subprocess
 from pathlib import Path
 
 from ..core import env
-
-
-def cpu_name() -> str:
-    """The processor's name as the operating system gives it."""
-    try:
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            key, _, value = line.partition(":")
-            if key.strip() in ("model name", "Processor", "cpu model"):
-                return value.strip()
-    except OSError:
-        pass  # no Linux
-    return platform.processor() or platform.machine()
 
 
 def compiler() -> tuple[str | None, str | None]:

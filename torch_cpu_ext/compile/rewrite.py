@@ -1,7 +1,8 @@
 """Which linear layers of a graph are packed, and the graph with packed ones."""
 
 import dataclasses
-from collections.abc import Sequence
+import operator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from .packs import Slot
 
 _LOSSLESS = {torch.float32: SparseLinearConfig(dtype="fp32"), torch.bfloat16: SparseLinearConfig(dtype="bf16")}
 _LINEAR = (torch.nn.functional.linear, torch.ops.aten.linear.default)
+_PRODUCT = (torch.ops.torch_cpu_ext.sparse_linear, torch.ops.torch_cpu_ext.sparse_linear.default)
 _EMBEDDING = (torch.nn.functional.embedding, torch.embedding, torch.ops.aten.embedding.default)
 
 
@@ -42,8 +44,8 @@ def rewrite(
         example_inputs: its inputs; parameters and buffers are real tensors.
         config: for all layers (its `for_head` for the output embedding); None packs those that get smaller without loss.
     Returns:
-        A graph with one more input for each packed weight, behind all others; example inputs for it; the slots that provide the new inputs;
-        and what became of each linear layer.
+        A graph with one more input for each packed weight, behind all others, in which the products of one input are one op; example inputs
+        for it; the slots that provide the new inputs; and what became of each linear layer.
     """
     inputs = list(example_inputs)
     positions = {node: i for i, node in enumerate(gm.graph.find_nodes(op="placeholder"))}
@@ -56,7 +58,7 @@ def rewrite(
             layers[node] = _inspect(node, weight, value, config and (config.for_head() if _is_head(value, tables) else config))
 
     chosen = {node: (layer.weight, layer.config) for node, layer in layers.items() if layer.config is not None}
-    if not chosen:
+    if not chosen and not any(_groups(gm.graph)):  # groups of a model that holds packed layers itself
         return gm, inputs, [], list(layers.values())
     slots: dict[tuple[fx.Node, SparseLinearConfig], Slot] = {}
     packed: dict[tuple[fx.Node, SparseLinearConfig], Tensor] = {}
@@ -82,6 +84,8 @@ def rewrite(
         last._dynamo_source = None  # AOTAutograd asks for it; None: it does not come from the user's code
     for node, key in chosen.items():
         _put(new.graph, nodes[node], placeholders[key], key[1], inputs[positions[key[0]]].shape[0])
+    for group in list(_groups(new.graph)):
+        _join(new.graph, group)
     new.graph.lint()
     new.recompile()
     return new, inputs, list(slots.values()), list(layers.values())
@@ -203,3 +207,51 @@ def _put(graph: fx.Graph, node: fx.Node, packed: fx.Node, config: SparseLinearCo
     new.meta = dict(node.meta)
     node.replace_all_uses_with(new)
     graph.erase_node(node)
+
+
+def _groups(graph: fx.Graph) -> Iterator[list[fx.Node]]:
+    """Products with packed weights that can be one `sparse_linear_group`: of the same input, which nothing writes to between them."""
+    found: dict[tuple[Any, ...], list[fx.Node]] = {}
+    for node in graph.nodes:
+        if node.target in _PRODUCT and len(node.args) == 4 and isinstance(node.args[3], int):
+            input, packed, bias, _ = node.args
+            if packed.op == "placeholder" and (bias is None or bias.op == "placeholder"):  # they are there before the first
+                key = input, bias is None, tuple(sorted(node.kwargs.items()))
+                found.setdefault(key, []).append(node)
+        elif _writes(node):
+            yield from (group for group in found.values() if len(group) > 1)
+            found = {}
+    yield from (group for group in found.values() if len(group) > 1)
+
+
+def _writes(node: fx.Node) -> bool:
+    """Whether a node might write to a tensor; by its name, as PyTorch has them, where it has no schema."""
+    if node.op in ("placeholder", "get_attr", "output"):
+        return False
+    target = node.target
+    if isinstance(target, torch._ops.OpOverloadPacket):
+        return any(getattr(target, name)._schema.is_mutable for name in target.overloads())
+    if isinstance(target, torch._ops.OpOverload):
+        return target._schema.is_mutable
+    name = target if isinstance(target, str) else getattr(target, "__name__", "")
+    in_place = getattr(target, "__module__", "") == "_operator" and (name == "setitem" or name.startswith("i"))
+    known = node.op in ("call_function", "call_method") and not isinstance(target, torch._ops.HigherOrderOperator)
+    return not known or in_place or not name or name.endswith("_") or "out" in node.kwargs
+
+
+def _join(graph: fx.Graph, group: list[fx.Node]) -> None:
+    """Puts one op in the place of several products."""
+    weights, biases, features = (list(column) for column in zip(*(node.args[1:] for node in group), strict=True))
+    with graph.inserting_before(group[0]):
+        joined = graph.call_function(
+            torch.ops.torch_cpu_ext.sparse_linear_group.default,
+            (group[0].args[0], weights, [] if biases[0] is None else biases, features),
+            dict(group[0].kwargs),
+        )
+        joined.meta = {**group[0].meta, "example_value": [node.meta.get("example_value") for node in group]}
+        for i, node in enumerate(group):
+            part = graph.call_function(operator.getitem, (joined, i))
+            part.meta = dict(node.meta)
+            node.replace_all_uses_with(part)
+    for node in group:
+        graph.erase_node(node)

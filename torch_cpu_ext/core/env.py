@@ -6,7 +6,7 @@ from pathlib import Path
 VARIABLES = {
     "TORCH_CPU_EXT_ISA": "highest instruction set for kernels: scalar, avx2, avx512, avx512_vnni, avx512_bf16, amx (default: the best)",
     "TORCH_CPU_EXT_STRICT": "1: a library that cannot be built raises BuildError instead of falling back to the PyTorch reference",
-    "TORCH_CPU_EXT_CACHE_DIR": "folder for built libraries (default: $XDG_CACHE_HOME/torch_cpu_ext, or ~/.cache/torch_cpu_ext)",
+    "TORCH_CPU_EXT_CACHE_DIR": "folder for libraries and measurements (default: $XDG_CACHE_HOME/torch_cpu_ext, or ~/.cache/torch_cpu_ext)",
     "TORCH_CPU_EXT_DISABLE_JIT": "1: build nothing and load nothing, run the PyTorch references without a warning",
     "TORCH_CPU_EXT_VERBOSE": "1: show the build log",
     "TORCH_CPU_EXT_CXX": "the C++ compiler (default: $CXX, or g++)",

@@ -9,6 +9,7 @@ import ctypes
 import functools
 import platform
 from collections.abc import Iterator
+from pathlib import Path
 
 import torch
 
@@ -116,3 +117,15 @@ def isa(name: str) -> Iterator[None]:
 def level(name: str) -> int:
     """The number of an instruction set, as ``enum class Isa`` of ``kernels/common/isa.h`` counts them."""
     return ISAS.index(name)
+
+
+def cpu_name() -> str:
+    """The processor's name as the operating system gives it."""
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            key, _, value = line.partition(":")
+            if key.strip() in ("model name", "Processor", "cpu model"):
+                return value.strip()
+    except OSError:
+        pass  # no Linux
+    return platform.processor() or platform.machine()

@@ -4,7 +4,7 @@ import logging
 import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import nn
@@ -18,6 +18,10 @@ Filter = Callable[[nn.Module, str], bool]
 Names = str | re.Pattern[str] | Iterable[str | re.Pattern[str]]
 
 _HANDLERS: dict[type[Config], Callable[..., Any]] = {}
+_HOOKS = (
+    *("_forward_hooks", "_forward_hooks_with_kwargs", "_forward_hooks_always_called"),
+    *("_forward_pre_hooks", "_forward_pre_hooks_with_kwargs"),
+)
 _KEPT = "_torch_cpu_ext_kept"  # {name: reason}, on the model: what the last optimize left as it was
 
 
@@ -67,7 +71,11 @@ class Replacement(nn.Module):
 
     technique: str = ""
     classes: ClassVar[dict[str, type["Replacement"]]] = {}  # by name, for checkpoints
-    elsewhere: ClassVar[dict[str, str]] = {"FusedDecoder": "torch_cpu_ext.integrations.decoder"}  # those whose module needs an extra
+    # Those whose module needs an extra.
+    elsewhere: ClassVar[dict[str, str]] = {
+        "FusedDecoder": "torch_cpu_ext.integrations.decoder",
+        "SparseMLP": "torch_cpu_ext.integrations.mlp",
+    }
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -93,6 +101,46 @@ class Replacement(nn.Module):
     @classmethod
     def settle(cls, model: nn.Module) -> None:
         """Called once all replacements of a model have their weights."""
+
+
+class SharingReplacement(Replacement):
+    """A replacement that keeps the original and shares its children and hooks: names in the ``state_dict`` stay, what is put in the place
+    of a child is seen by both, and attributes that this module lacks are the original's.
+
+    Args:
+        module: the original.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self._modules, self._parameters, self._buffers = module._modules, module._parameters, module._buffers
+        for name in _HOOKS:
+            setattr(self, name, getattr(module, name))
+        self._original = (module,)  # in a tuple, so as not to be a child
+        self.training = module.training
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name == "_original":
+                raise
+            return getattr(self._original[0], name)
+
+    def original(self) -> nn.Module:
+        return self._original[0]
+
+    def train(self, mode: bool = True) -> Self:
+        self._original[0].train(mode)
+        self.training = mode
+        return self
+
+    def spec(self) -> dict[str, Any]:
+        return {}
+
+    @classmethod
+    def from_spec(cls, values: dict[str, Any], module: nn.Module) -> Self:
+        return cls(module)
 
 
 @dataclass

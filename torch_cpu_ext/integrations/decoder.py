@@ -17,9 +17,10 @@ from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingW
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from ..core import jit, memory
-from ..core.swap import Replacement, Row, replace
+from ..core.swap import Row, SharingReplacement, replace
 from ..sparse_linear import SparseLinear
 from ..sparse_linear.decode import BLOCK, MAX_ROWS, PARTS, decode, read_cache, write_cache
+from .mlp import SparseMLP
 
 # Stacks of layers that are norm, attention, norm, gated MLP, each with its residual, and the norms' way with their weight.
 MODELS = (
@@ -40,10 +41,6 @@ _LINEARS = {
     "up": "mlp.up_proj",
     "down": "mlp.down_proj",
 }
-_HOOKS = (
-    *("_forward_hooks", "_forward_hooks_with_kwargs", "_forward_hooks_always_called"),
-    *("_forward_pre_hooks", "_forward_pre_hooks_with_kwargs"),
-)
 _lock = threading.Lock()  # around what is built once: two threads may call one model
 _numbers = itertools.count(1)  # of what was built
 _NORMS = {
@@ -194,7 +191,7 @@ def obstacle(model: nn.Module) -> str:
         return "it has a forward of its own"
     for index, layer in enumerate(layers):
         for name, module in [("", layer), *layer.named_children()]:
-            if type(module).__module__ != own:
+            if type(module).__module__ != own and not isinstance(module, SparseMLP):
                 return f"layers.{index}{name and '.'}{name} is a {type(module).__name__}"
         for name in _LINEARS.values():
             linear = layer.get_submodule(name)
@@ -221,7 +218,7 @@ def _hooks(module: nn.Module) -> list[Any]:
     return [hook for hook in hooks if getattr(hook, "__module__", "") != "transformers.utils.output_capturing"]
 
 
-class FusedDecoder(Replacement):
+class FusedDecoder(SharingReplacement):
     """Stands for a stack of Llama-shaped layers: calls of up to 8 tokens with a cache run in one op, all others in the original's code.
 
     It shares the original's children and hooks, so names in the ``state_dict`` stay, and other attributes are the original's. What the op
@@ -235,12 +232,7 @@ class FusedDecoder(Replacement):
     technique = "sparse_linear"
 
     def __init__(self, model: nn.Module) -> None:
-        super().__init__()
-        # One dictionary in both: what is put in the place of a child is seen by both.
-        self._modules, self._parameters, self._buffers = model._modules, model._parameters, model._buffers
-        for name in _HOOKS:
-            setattr(self, name, getattr(model, name))
-        self._original = (model,)  # in a tuple, so as not to be a child
+        super().__init__(model)
         self._checked = False  # whether the arena is known to be that of the layers
         self._stamp: list[tuple[Any, int]] = []  # the layers that the arena was made of
         self._number = 0
@@ -248,22 +240,9 @@ class FusedDecoder(Replacement):
         self._arena = torch.empty(0, dtype=torch.uint8), torch.empty(0), torch.empty(0, dtype=torch.int64)  # and the vectors and the plan
         self._angles = torch.empty(0, 0), torch.empty(0, 0)  # cosines and sines
 
-    def __getattr__(self, name: str) -> Any:
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            if name == "_original":
-                raise
-            return getattr(self._original[0], name)
-
-    def original(self) -> nn.Module:
-        return self._original[0]
-
     def train(self, mode: bool = True) -> "FusedDecoder":
-        self._original[0].train(mode)
-        self.training = mode
         self._checked = False
-        return self
+        return super().train(mode)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "FusedDecoder":
         super()._apply(fn, recurse)
@@ -277,13 +256,6 @@ class FusedDecoder(Replacement):
     def row(self) -> Row:
         isa = jit.kernel_isa(self.technique, "decode")
         return Row(self.technique, "fused decoder", 0, 0, isa, f"{len(self.layers)} layers in one call, up to {MAX_ROWS} tokens")
-
-    def spec(self) -> dict[str, Any]:
-        return {}
-
-    @classmethod
-    def from_spec(cls, values: dict[str, Any], module: nn.Module) -> "FusedDecoder":
-        return cls(module)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """As the original's."""

@@ -4,6 +4,7 @@ from . import decode as _decode  # noqa: F401  (registers its op)
 from .attention import attend, compress_kv, expand_kv, from_blocks, page_bytes, to_blocks
 from .calibration import calibration_from_text
 from .config import SparseLinearConfig
+from .fused import gated, group
 from .grid import QuantizationGrid
 from .measure import KernelInfo, kernel_info
 from .modules import SparseLinear
@@ -12,6 +13,7 @@ from .prune_config import PruneConfig
 from .pruner import PrunedLayer, PruneReport, prune
 from .pruning import magnitude_mask, wanda_mask
 from .swap import swap_linear
+from .tune import tune
 
 __all__ = [
     "KernelInfo",
@@ -27,6 +29,8 @@ __all__ = [
     "compress_kv",
     "expand_kv",
     "from_blocks",
+    "gated",
+    "group",
     "kernel_info",
     "linear",
     "magnitude_mask",
@@ -35,6 +39,7 @@ __all__ = [
     "prune",
     "swap_linear",
     "to_blocks",
+    "tune",
     "unpack",
     "wanda_mask",
 ]

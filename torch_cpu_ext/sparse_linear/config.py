@@ -26,7 +26,8 @@ class SparseLinearConfig(Config):
         head_dtype: `dtype` of the output embedding (``lm_head``), which ``get_output_embeddings`` of the model or of a part
             of it names; None: int8 where ``dtype`` is int4, which would cost accuracy there, else ``dtype``.
         activation_group: inputs that share a scale when layers quantise their activations, 32 or 64; 32 for int4 weights.
-        fuse: run the layers of a transformers model that are Llama-shaped in one op where a call has few tokens (decoding).
+        fuse: run the layers of a transformers model that are Llama-shaped in one op where a call has few tokens (decoding), and its gated
+            MLPs in one op up to the activation.
         keep_original: keep the dense weights, so that `restore` gives them back exactly whatever was rounded or pruned; costs their memory.
     Raises:
         ValueError: a value is not among those accepted.

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from itertools import accumulate
-from typing import Any, cast
+from typing import Any, Self, cast
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +12,11 @@ from ..core.swap import Replacement, Row, tensor_bytes
 from . import ops
 from .config import SparseLinearConfig
 from .pruning import magnitude_mask
+
+_CONSTANT = (
+    "the packed weight of a SparseLinear is a constant and cannot be set or trained; gradients reach the input and the bias. "
+    "torch_cpu_ext.restore(model) gives an nn.Linear that trains"
+)
 
 
 class SparseLinear(Replacement):
@@ -63,6 +68,7 @@ class SparseLinear(Replacement):
         self.symmetric = config.symmetric
         self.weight_dtype = torch.float32  # of the dense weight that `weight` and `to_linear` give
         self.weight_requires_grad = True
+        self.stream_rows = 0  # set by `torch_cpu_ext.tune`
         self._original: tuple[Tensor, ...] = ()  # a dense weight that lives on: tied to another module, or kept on request
         self.register_buffer("packed", torch.empty(0, dtype=torch.uint8, device=device))
         self.bias = nn.Parameter(torch.zeros(out_features, device=device)) if bias else None
@@ -135,14 +141,37 @@ class SparseLinear(Replacement):
 
     def forward(self, input: Tensor) -> Tensor:
         return torch.ops.torch_cpu_ext.sparse_linear(
-            input, self.packed, self.bias, self.out_features, activation_group=self.activation_group
+            input, self.packed, self.bias, self.out_features, activation_group=self.activation_group, stream_rows=self.stream_rows
         )
+
+    def requires_grad_(self, requires_grad: bool = True) -> Self:
+        """As of any module for False; True is refused, since the weight would not train. Ask the bias itself for gradients.
+
+        Raises:
+            RuntimeError: ``requires_grad`` is True.
+        """
+        if requires_grad:
+            raise RuntimeError(f"requires_grad_: {_CONSTANT}")
+        return super().requires_grad_(False)
+
+    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
+        """As of any module; a ``weight`` is refused."""
+        if name == "weight":
+            raise AttributeError(f"weight: {_CONSTANT}")
+        super().register_parameter(name, param)
 
     @property
     def weight(self) -> Tensor:
-        """The dense weight, ``(out_features, in_features)``; a copy, unpacked anew at every access, hence slow and read-only."""
+        """The dense weight, ``(out_features, in_features)``; a copy, unpacked anew at every access, hence slow and read-only.
+
+        What happens to the copy does not reach the layer: it has no gradient, and an optimizer that is given it trains nothing.
+        """
         name = next(name for name, kind in ops.FLOATS.items() if kind == self.weight_dtype)
         return ops.unpack(self.packed, self.out_features, self.in_features, dtype=name)
+
+    @weight.setter
+    def weight(self, value: Tensor) -> None:
+        raise AttributeError(f"weight: {_CONSTANT}")
 
     def _has_weights(self) -> bool:
         return self.packed.numel() > 0 and not self.packed.is_meta

@@ -555,7 +555,9 @@ define("sparse_linear_check(Tensor packed) -> Tensor", fake=_check_fake, referen
 # ---------------------------------------------------------------------------------------------------------------------------------- linear
 
 
-def linear(input: Tensor, packed: Tensor, bias: Tensor | None, out_features: int, *, activation_group: int = 32) -> Tensor:
+def linear(
+    input: Tensor, packed: Tensor, bias: Tensor | None, out_features: int, *, activation_group: int = 32, stream_rows: int = 0
+) -> Tensor:
     """``input @ weight.T + bias`` with a packed weight, summed in float32.
 
     With bf16 weights the input is rounded to bf16 first. With int8 and int4 weights it is quantised to int8, with one scale
@@ -569,19 +571,24 @@ def linear(input: Tensor, packed: Tensor, bias: Tensor | None, out_features: int
         out_features: rows of the weight.
         activation_group: 32 or 64 for int8 weights, 32 for int4 weights; the others do not use it. A single scale a row, as
             SparAMX has it, costs about one point of perplexity on a 135M-parameter model.
+        stream_rows: rows of input up to which the kernel for few rows runs; it may change the last bits of the result. 0: a built-in
+            number; `torch_cpu_ext.tune` finds better ones.
     Returns:
         ``(..., out_features)``, dtype of ``input``.
     Raises:
         RuntimeError: a dtype or shape does not fit, or ``packed`` is damaged or from a newer version.
     """
-    return torch.ops.torch_cpu_ext.sparse_linear(input, packed, bias, out_features, activation_group=activation_group)
+    return torch.ops.torch_cpu_ext.sparse_linear(
+        input, packed, bias, out_features, activation_group=activation_group, stream_rows=stream_rows
+    )
 
 
-def _check_linear(input: Tensor, packed: Tensor, bias: Tensor | None, out_features: int, activation_group: int) -> None:
+def _check_linear(input: Tensor, packed: Tensor, bias: Tensor | None, out_features: int, activation_group: int, stream_rows: int) -> None:
     op = "sparse_linear"
     _check_float(op, "input", input)
     torch._check(input.dim() >= 1, lambda: f"{op}: input must have at least one dimension, got a scalar")
     torch._check(activation_group in (32, 64), lambda: f"{op}: activation_group must be 32 or 64, got {activation_group}")
+    torch._check(stream_rows >= 0, lambda: f"{op}: stream_rows must be 0 or more, got {stream_rows}")
     _check_packed(op, packed)
     if bias is not None:
         torch._check(
@@ -591,13 +598,17 @@ def _check_linear(input: Tensor, packed: Tensor, bias: Tensor | None, out_featur
         _check_float(op, "bias", bias)
 
 
-def _linear_fake(input: Tensor, packed: Tensor, bias: Tensor | None, out_features: int, *, activation_group: int = 32) -> Tensor:
-    _check_linear(input, packed, bias, out_features, activation_group)
+def _linear_fake(
+    input: Tensor, packed: Tensor, bias: Tensor | None, out_features: int, *, activation_group: int = 32, stream_rows: int = 0
+) -> Tensor:
+    _check_linear(input, packed, bias, out_features, activation_group, stream_rows)
     return input.new_empty((*input.shape[:-1], out_features))
 
 
-def _linear_reference(input: Tensor, packed: Tensor, bias: Tensor | None, out_features: int, *, activation_group: int = 32) -> Tensor:
-    _check_linear(input, packed, bias, out_features, activation_group)
+def _linear_reference(
+    input: Tensor, packed: Tensor, bias: Tensor | None, out_features: int, *, activation_group: int = 32, stream_rows: int = 0
+) -> Tensor:
+    _check_linear(input, packed, bias, out_features, activation_group, stream_rows)
     weight = _dense("sparse_linear", packed, out_features, input.shape[-1])
     dtype = DTYPES[int(packed[12])]
     torch._check(
@@ -641,7 +652,7 @@ def _linear_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
 
 
 define(
-    "sparse_linear(Tensor input, Tensor packed, Tensor? bias, int out_features, *, int activation_group=32) -> Tensor",
+    "sparse_linear(Tensor input, Tensor packed, Tensor? bias, int out_features, *, int activation_group=32, int stream_rows=0) -> Tensor",
     fake=_linear_fake,
     reference=_linear_reference,
     setup=_linear_setup,

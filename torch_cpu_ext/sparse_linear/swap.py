@@ -84,10 +84,11 @@ def swap_linear(
 
 
 def join(model: nn.Module, config: SparseLinearConfig) -> nn.Module:
-    """Moves a model's packed weights together, and fuses the stacks of layers in models of transformers, if the config says so."""
+    """Moves a model's packed weights together; in models of transformers, fuses MLPs and stacks of layers if the config says so."""
     SparseLinear.settle(model)
     if config.fuse and any(type(module).__module__.startswith("transformers.models.") for module in model.modules()):
         from ..integrations.decoder import fuse
+        from ..integrations.mlp import fuse_mlps
 
-        model = fuse(model)
+        model = fuse(fuse_mlps(model))
     return model
