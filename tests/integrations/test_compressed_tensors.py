@@ -181,7 +181,7 @@ def test_load(form, dtype, tmp_path):
 def test_load_with_a_config(tmp_path):
     checkpoint(tmp_path / "c", "sparse-24-bitmask")
     loaded = load_compressed(tmp_path / "c", tce.SparseLinearConfig())
-    assert {row.kind for row in tce.report(loaded).rows} <= {"int8 sparse", "int8 dense", "fused decoder"}
+    assert {row.kind for row in tce.report(loaded).rows} <= {"int8 sparse", "int8 dense", "fused decoder", "gated MLP"}
     config = json.loads((tmp_path / "c" / "config.json").read_text())
     (tmp_path / "c" / "config.json").write_text(json.dumps(config | {"architectures": ["Nothing"]}))
     with pytest.raises(ValueError, match="must name a class of transformers in architectures, got"):
