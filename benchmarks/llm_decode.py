@@ -25,12 +25,13 @@ from peers.workers import Worker, WorkerError
 
 NEW = 32
 CONTEXTS = {SMOLLM2: (128, 1024), LLAMA_1B: (128,)}
-MEMORY = {SMOLLM2: 6 << 30, LLAMA_1B: 10 << 30}  # free bytes it takes to hold all processes, the largest while it packs
+MEMORY = {SMOLLM2: 6 << 30, LLAMA_1B: 14 << 30}  # free bytes it takes to hold all processes, the largest while it packs
+LARGE = ("ours eager int4", "ours eager int8", "ours eager int8 50 %", "ours eager bf16 50 %")
 NAMES = {
     SMOLLM2: tuple(ALL),
-    LLAMA_1B: (*(name for name in OURS if name in ("ours eager int4", "ours eager int8")), "llama.cpp Q4_1", "llama.cpp Q4_0"),
+    LLAMA_1B: (*(name for name in OURS if name in LARGE), "HF eager bf16", "llama.cpp Q4_1", "llama.cpp Q4_0"),
 }
-QUICK = (*(name for name in OURS if name != "ours compiled int8"), "HF eager fp32", "HF eager bf16", "llama.cpp Q4_1")
+QUICK = (*(name for name in OURS if name.startswith("ours eager") and "%" not in name), "HF eager fp32", "HF eager bf16", "llama.cpp Q4_1")
 
 
 @dataclass
@@ -123,27 +124,32 @@ def bars() -> dict[str, float | None]:
     """What bars.toml promises; None for what a peer that is not installed keeps from being measured."""
     ours, rival = next(iter(OURS)), "llama.cpp Q4_1"  # int4: one variant has to be fast, small and accurate at once
     hf = [name for name in PEERS if name.startswith("HF")]
+    torch_paths = [*hf, "torchao int8", "torchao int4"]
     one = measure(SMOLLM2, (ours, rival), 1, CONTEXTS[SMOLLM2], quality=False)
-    two = measure(SMOLLM2, (*OURS, rival, *hf), 2, CONTEXTS[SMOLLM2])
-    large = [measure(LLAMA_1B, (ours, rival, "llama.cpp Q4_0"), threads, CONTEXTS[LLAMA_1B]) for threads in (1, 2)]
+    two = measure(SMOLLM2, (*OURS, rival, *torch_paths), 2, CONTEXTS[SMOLLM2])
+    large = [measure(LLAMA_1B, NAMES[LLAMA_1B], threads, CONTEXTS[LLAMA_1B]) for threads in (1, 2)]
     size = perplexity = None
     if ours in two and rival in two:
         mine, theirs = _sizes("ours", two[ours]), _sizes("peer", two[rival])
         size, perplexity = mine["ours_bytes_read"] / theirs["peer_bytes_read"], mine["ours_perplexity"] - theirs["peer_perplexity"]
 
-    def least(peer: str) -> float | None:
-        return min((ratio for found in large if (ratio := _times(found, (ours,), (peer,), 128))), default=None)
+    def least(name: str, peer: str) -> float | None:
+        return min((ratio for found in large if (ratio := _times(found, (name,), (peer,), 128))), default=None)
 
     return {
         "SmolLM2-135M decode tokens/s, best of ours / best of Hugging Face": _times(two, OURS, hf, 128),
+        "SmolLM2-135M bf16 at 50 %, times the best of PyTorch": _times(two, ("ours eager bf16 50 %",), torch_paths, 128),
+        "SmolLM2-135M int8 at 50 %, times the best of PyTorch": _times(two, ("ours eager int8 50 %",), torch_paths, 128),
+        "1B shape bf16 at 50 %, times Hugging Face bf16, the worse of 1 and 2 threads": least("ours eager bf16 50 %", "HF eager bf16"),
+        "1B shape int8 at 50 %, times Hugging Face bf16, the worse of 1 and 2 threads": least("ours eager int8 50 %", "HF eager bf16"),
         "SmolLM2-135M int4 after 128 tokens, 1 thread, times llama.cpp Q4_1": _times(one, (ours,), (rival,), 128),
         "SmolLM2-135M int4 after 128 tokens, 2 threads, times llama.cpp Q4_1": _times(two, (ours,), (rival,), 128),
         "SmolLM2-135M int4 after 1024 tokens, 1 thread, times llama.cpp Q4_1": _times(one, (ours,), (rival,), 1024),
         "SmolLM2-135M int4 after 1024 tokens, 2 threads, times llama.cpp Q4_1": _times(two, (ours,), (rival,), 1024),
         "SmolLM2-135M int4, bytes that a token reads, times those of llama.cpp Q4_1": size,
         "SmolLM2-135M int4, perplexity less that of llama.cpp Q4_1": perplexity,
-        "1B shape int4 after 128 tokens, times llama.cpp Q4_1, the worse of 1 and 2 threads": least("llama.cpp Q4_1"),
-        "1B shape int4 after 128 tokens, times llama.cpp Q4_0, the worse of 1 and 2 threads": least("llama.cpp Q4_0"),
+        "1B shape int4 after 128 tokens, times llama.cpp Q4_1, the worse of 1 and 2 threads": least(ours, "llama.cpp Q4_1"),
+        "1B shape int4 after 128 tokens, times llama.cpp Q4_0, the worse of 1 and 2 threads": least(ours, "llama.cpp Q4_0"),
     }
 
 

@@ -85,8 +85,8 @@ class Peer:
         return runner(model, threads, **self.options)
 
 
-def _ours(dtype: str, **options: Any) -> Peer:
-    return Peer("torch_models", "Optimized", {"config": SparseLinearConfig(dtype=dtype), **options})
+def _ours(dtype: str, sparsity: float | None = None, **options: Any) -> Peer:
+    return Peer("torch_models", "Optimized", {"config": SparseLinearConfig(dtype=dtype, sparsity=sparsity), **options})
 
 
 def _transformers(dtype: str, **options: Any) -> Peer:
@@ -102,6 +102,7 @@ def _llama_cpp(kind: str) -> Peer:
 
 
 OURS = {f"ours eager {dtype}": _ours(dtype) for dtype in ("int4", "int8", "bf16") if dtype in DTYPES}
+OURS |= {f"ours eager {dtype} 50 %": _ours(dtype, 0.5) for dtype in ("int8", "bf16")}  # by magnitude: for speed, not for quality
 OURS["ours compiled int8"] = _ours("int8", backend="inductor")
 PEERS = {
     "HF eager fp32": _transformers("fp32"),
