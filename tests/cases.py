@@ -186,12 +186,13 @@ def product(
 
 
 def _assemble(
-    streams: list[bytes], dtype: str, layout: str, shape: Any, nonzeros: int, group_size: int = 0, symmetric: bool = False
+    streams: list[bytes], dtype: str, layout: str, shape: Any, nonzeros: int, group_size: int = 0, symmetric: int = False
 ) -> bytes:
     """A packed array of its panels."""
     first = -(-(64 + 8 * (len(streams) + 1)) // 64) * 64
     offsets = [first, *itertools.accumulate((len(s) for s in streams), initial=first)][1:]
-    fields = 1, DTYPES.index(dtype), LAYOUTS.index(layout), group_size, *shape, offsets[-1] + 64, nonzeros, symmetric
+    layouts = (*LAYOUTS, "structured")
+    fields = 1, DTYPES.index(dtype), layouts.index(layout), group_size, *shape, offsets[-1] + 64, nonzeros, symmetric
     header = b"\x01TCESPL\0" + struct.pack("<IIIIqqqqq", *fields)
     return (header + np.array(offsets, "<i8").tobytes()).ljust(first, b"\0") + b"".join(streams) + bytes(64)
 
@@ -234,7 +235,7 @@ def pack_int4_by_hand(weight: Tensor, layout: str, group_size: int = 32, symmetr
     return _assemble(streams, "int4", layout, weight.shape, int(np.count_nonzero(grids.values)), group_size, symmetric)
 
 
-def pack_by_hand(weight: Tensor, dtype: str, layout: str, **grid: Any) -> bytes:
+def pack_by_hand(weight: Tensor, dtype: str, layout: str, pattern: str = "unstructured", **grid: Any) -> bytes:
     """The packed format, written as the drawing in kernels/sparse_linear/sparse_linear.h reads."""
     if dtype == "int4":
         return pack_int4_by_hand(weight, layout, **grid)
@@ -254,6 +255,13 @@ def pack_by_hand(weight: Tensor, dtype: str, layout: str, **grid: Any) -> bytes:
     nonzero = full != zero if dtype == "int8" else (full & (0x7FFF if dtype == "bf16" else 0x7FFFFFFF)) != 0
     scales = np.zeros(panels * 16, np.float32)
     scales[:outputs] = scale
+    numbers, count = (0, 0), int(nonzero.sum())
+    if pattern != "unstructured":
+        layout, numbers = "structured", tuple(map(int, pattern.split(":")))
+        full[~nonzero] = zero  # no sign
+        for row, first in itertools.product(range(panels * 16), range(0, rows * group, numbers[1])):
+            part = nonzero[row, first : first + numbers[1]]  # a view
+            part[np.flatnonzero(~part)[: numbers[0] - np.count_nonzero(part)]] = True
     streams = []
     for panel in range(panels):
         stream, lines = b"", slice(panel * 16, panel * 16 + 16)
@@ -265,7 +273,7 @@ def pack_by_hand(weight: Tensor, dtype: str, layout: str, **grid: Any) -> bytes:
             chunk, bits = in_order(full), in_order(nonzero)
             stream += chunk.tobytes() if layout == "dense" else np.packbits(bits, bitorder="little").tobytes() + chunk[bits].tobytes()
         streams.append(stream + (scales[lines].tobytes() if dtype == "int8" else b""))
-    return _assemble(streams, dtype, layout, w.shape, int(nonzero.sum()))
+    return _assemble(streams, dtype, layout, w.shape, count, *numbers)
 
 
 SIZES = (0, 1, 15, 16, 17, 31, 33, 63, 64, 65, 127, 191, 255, 257)
@@ -289,6 +297,17 @@ def random_weight(outputs: int, inputs: int, sparsity: float | str, generator: t
     else:
         keep = torch.rand(outputs, inputs, generator=generator) >= sparsity
     return torch.where(keep, weight, torch.zeros(()))
+
+
+PATTERNS = ("2:4", "4:8", "1:4", "1:2", "3:4", "1:8", "7:16", "9:32", "33:64")
+
+
+def patterned_weight(outputs: int, inputs: int, pattern: str, generator: torch.Generator, sparsity: float = 0.1) -> Tensor:
+    """Normal weights of which at most n of m are not zero, and some groups of m have fewer; ``inputs`` is rounded up to a multiple of m."""
+    n, m = map(int, pattern.split(":"))
+    weight = random_weight(outputs, -(-inputs // m) * m, sparsity, generator)
+    order = torch.rand(weight.numel() // m, m, generator=generator).argsort(1)
+    return torch.where((order < n).view_as(weight), weight, torch.zeros(()))
 
 
 def linear_sample(
@@ -328,6 +347,15 @@ def _linear_samples() -> list[Sample]:
         for sample, rows in zip(few, itertools.cycle((1, 3, 6, 16)), strict=False):
             args = sample.args | {"stream_rows": rows}
             samples.append(Sample(f"{sample.name} stream_rows={rows}", args, sample.expected))
+    patterns, kinds = itertools.cycle(PATTERNS), itertools.cycle(FLOATS.values())
+    for dtype, outputs, inputs in itertools.product(("fp32", "bf16", "int8"), (0, 1, 15, 16, 17, 33), (0, 1, 33, 64, 65, 127, 257, 600)):
+        pattern = next(patterns)
+        weight = patterned_weight(outputs, inputs, pattern, generator, 0.9 if outputs == 16 else 0.1)
+        for m in (1, next(batches)):
+            samples.append(linear_sample((m,), weight, dtype, "auto", next(kinds), next(biases), next(groups), pattern=pattern))
+    for dtype in ("fp32", "bf16", "int8"):
+        weight = patterned_weight(49, 300, "2:4", generator)
+        samples += [linear_sample((m,), weight, dtype, "auto", next(kinds), None, 64, pattern="2:4") for m in (*range(1, 21), 515)]
     return samples
 
 
@@ -344,7 +372,7 @@ def _few_linear() -> list[Sample]:
             ((2, 3), "int4", "dense", torch.bfloat16, torch.float32),
             ((6,), "int4", "sparse", torch.float32, None),
         ]
-    ]
+    ] + [linear_sample((3,), patterned_weight(33, 68, "2:4", generator), "bf16", "auto", torch.float32, None, 32, pattern="2:4")]
 
 
 def _dense_linear(args: Args) -> Tensor:
@@ -408,7 +436,8 @@ def _wrong_packed(op: str) -> list[Bad]:
         Bad(damaged + "an unknown group size", replaced(packed=patched("<I", 12, 3)), traced=False),  # int4 in groups of 0
         Bad(damaged + "an unknown group size", replaced(packed=patched("<I", 20, 32)), traced=False),
         Bad(damaged + "an unknown kind of zero", replaced(packed=patched("<q", 56, 1)), traced=False),
-        Bad(damaged + "an unknown layout code", replaced(packed=patched("<I", 16, 2)), traced=False),
+        Bad(damaged + "an unknown layout code", replaced(packed=patched("<I", 16, 3)), traced=False),
+        Bad(damaged + "an unknown pattern", replaced(packed=patched("<I", 16, 2)), traced=False),  # 0:0
         Bad(damaged + "sizes out of range", replaced(packed=patched("<q", 24, -1)), traced=False),
         Bad(damaged + "sizes out of range", replaced(packed=patched("<q", 32, 1 << 62)), traced=False),
         Bad(damaged + "an array too short for its offsets", replaced(packed=patched("<q", 24, 1 << 40)), traced=False),
@@ -684,12 +713,14 @@ _GROUP_OP = Case(
 
 def pack_sample(weight: Tensor, dtype: str, layout: str, **grid: Any) -> Sample:
     def expected() -> tuple[Tensor, float]:
-        packed = {one: pack_by_hand(weight, dtype, one, **grid) for one in (LAYOUTS if layout == "auto" else [layout])}
+        free = layout == "auto" and grid.get("pattern", "unstructured") == "unstructured"
+        packed = {one: pack_by_hand(weight, dtype, one, **grid) for one in (LAYOUTS if free else [layout])}
         best = min(packed.values(), key=len)  # on a tie the first, dense
         return torch.frombuffer(bytearray(best), dtype=torch.uint8), 0
 
     shape = " x ".join(map(str, weight.shape))
-    args = {"weight": weight, "dtype": dtype, "layout": layout, "group_size": 32, "symmetric": False, "scale": None, "minimum": None} | grid
+    args = {"weight": weight, "dtype": dtype, "layout": layout, "group_size": 32, "symmetric": False, "scale": None, "minimum": None}
+    args |= {"pattern": "unstructured"} | grid
     kind = ", ".join(f"{name}={'given' if isinstance(value, Tensor) else value}" for name, value in grid.items())
     return Sample(f"{dtype} {layout} {kind} {shape} {weight.dtype}", args, functools.cache(expected))
 
@@ -724,6 +755,9 @@ def _pack_samples() -> list[Sample]:
         weight = random_weight(outputs, inputs, next(sparsities), generator).to(next(kinds))
         for grid in GRIDS if dtype == "int4" else [{}]:
             samples.append(pack_sample(weight, dtype, layout, **given_grid(weight, dtype, generator, **grid)))
+    for dtype, pattern, outputs, inputs in itertools.product(("fp32", "bf16", "int8"), PATTERNS, (0, 1, 17, 33), (0, 1, 65, 190)):
+        weight = patterned_weight(outputs, inputs, pattern, generator)
+        samples.append(pack_sample(weight.to(next(kinds)), dtype, "auto", pattern=pattern))
     return samples
 
 
@@ -737,7 +771,7 @@ def _few_pack() -> list[Sample]:
     for dtype, layout in (("int8", "dense"), ("int4", "dense"), ("int4", "sparse")):
         weight = random_weight(17, 67, 0.5, generator)
         samples.append(pack_sample(weight, dtype, layout, **given_grid(weight, dtype, generator)))
-    return samples
+    return [*samples, pack_sample(patterned_weight(17, 68, "2:4", generator), "int8", "auto", pattern="2:4")]
 
 
 def with_grids(dtype: str, scale: Tensor | None, minimum: Tensor | None = None, **others: Any) -> Callable[[Args], Args]:
@@ -757,6 +791,24 @@ _PACK = Case(
         Bad("sparse_linear_pack: dtype must be fp32, bf16, int8 or int4, got fp16", replaced(dtype="fp16")),
         Bad("sparse_linear_pack: dtype must be fp32, bf16, int8 or int4, got ", replaced(dtype="")),
         Bad("sparse_linear_pack: layout must be auto, sparse or dense, got Sparse", replaced(layout="Sparse")),
+        *(
+            Bad(
+                f"sparse_linear_pack: pattern must be unstructured or n:m with n below m and m a power of two from 2 to 64, got {pattern}",
+                replaced(pattern=pattern),
+            )
+            for pattern in ("", "2:3", "4:4", "0:4", "2:4 ", "02:4", "2:128", "-1:4", "2:4:8")
+        ),
+        Bad("sparse_linear_pack: layout must be auto with a pattern, got sparse", replaced(pattern="2:4", layout="sparse")),
+        Bad("sparse_linear_pack: pattern must be unstructured for int4 weights, got 2:4", replaced(pattern="2:4", dtype="int4", layout="auto")),
+        Bad(
+            "sparse_linear_pack: weight must have a multiple of 4 inputs for the pattern 2:4, got 33",
+            replaced(pattern="2:4", dtype="bf16", layout="auto"),
+        ),
+        Bad(
+            "sparse_linear_pack: weight must have at most 2 nonzeros among every 4 inputs for the pattern 2:4, got more in output 16",
+            replaced(pattern="2:4", dtype="bf16", layout="auto", weight=lambda w: torch.zeros(17, 32).index_fill_(0, torch.tensor([16]), 1.0)),
+            traced=False,
+        ),
         *(
             Bad(
                 "sparse_linear_pack: weight must be finite to be packed as int8, got NaN or an infinity",

@@ -35,6 +35,20 @@ static void prefetch(const uint8_t* at) {
   if (kPrefetch) asm volatile("prefetcht0 %0" : : "m"(*reinterpret_cast<const char*>(reinterpret_cast<uintptr_t>(at) + 4096)));
 }
 
+// In vbmi2.inl.
+template <typename T>
+static bool regular(const Cursor& c, int64_t rows);
+
+// Whether the next chunk of a sparse or a structured panel can be read without leaving the array.
+template <typename T, Layout L>
+static bool chunk_readable(const Cursor& c, int64_t rows) {
+  if constexpr (L == Layout::structured) {
+    return regular<T>(c, rows);
+  } else {
+    return readable<T>(c, rows);
+  }
+}
+
 // Expands rows of 64 bytes one by one.
 template <typename T>
 static const uint8_t* expand_rows(const uint8_t* words, const uint8_t* values, int64_t rows, uint8_t* out) {
@@ -81,20 +95,27 @@ struct Floats {
   template <int M, Layout L>
   static bool stream(Cursor& c, int64_t rows, const Activations<T>& a, float* sums) {
     constexpr int kSums = M == 1 ? 8 : M == 2 ? 4 : 2;
+    constexpr int kBlock = L == Layout::structured ? kFixedOf / kGroup<T> : 1;  // rows of a block
+    const int64_t block_bytes = kPanel * c.pattern.n * (4 / kGroup<T>);
     __m512 sum[M][kSums];
     for (int m = 0; m < M; ++m)
       for (int u = 0; u < kSums; ++u) sum[m][u] = _mm512_setzero_ps();
     for (int64_t first = 0; first < rows; first += kChunkRows<T>) {
       const int64_t count = std::min(kChunkRows<T>, rows - first);
       const uint8_t *words = c.at, *values = c.at;
-      if constexpr (L == Layout::sparse) {
-        if (!readable<T>(c, count)) return false;
+      if constexpr (L != Layout::dense) {
+        if (!chunk_readable<T, L>(c, count)) return false;
         values += count * kWord<T>;
       }
-      const auto step = [&](int64_t r, int u) __attribute__((always_inline)) {
+      const uint8_t* block = values;  // structured: the next one
+      const auto step = [&](int64_t r, int u, int place) __attribute__((always_inline)) {
         __m512i w;
+        if (L == Layout::structured && place == 0) {
+          values = block;
+          block += block_bytes;
+        }
         prefetch(values);
-        if constexpr (L == Layout::sparse) {
+        if constexpr (L != Layout::dense) {
           w = T::expand_row(words + r * kWord<T>, values);
         } else {
           w = _mm512_loadu_si512(values);
@@ -104,9 +125,10 @@ struct Floats {
       };
       int64_t r = 0;
       for (; r + kSums <= count; r += kSums)
-        for (int u = 0; u < kSums; ++u) step(r + u, u);
-      for (; r < count; ++r) step(r, 0);
-      c.at = values;
+        for (int u = 0; u < kSums; ++u) step(r + u, u, u % kBlock);
+      for (; r < count; r += kBlock)
+        for (int i = 0; i < kBlock; ++i) step(r + i, 0, i);
+      c.at = L == Layout::structured ? block : values;
     }
     for (int m = 0; m < M; ++m) {
       for (int width = kSums / 2; width > 0; width /= 2)

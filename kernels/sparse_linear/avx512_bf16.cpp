@@ -25,6 +25,7 @@ constexpr int kVectorBytes = 64;
 struct Bf16 : Floats<Bf16> {
   static constexpr DType dtype = DType::bf16;
   using X = uint16_t;
+  static constexpr bool kFixedCounts = true;
 
   static __m512i expand_row(const uint8_t* words, const uint8_t*& values) { return expand_bf16(words, values); }
 

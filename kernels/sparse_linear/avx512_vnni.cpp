@@ -27,6 +27,8 @@ struct Bf16 : Floats<Bf16> {
   static constexpr DType dtype = DType::bf16;
   using X = float;
 
+  static constexpr bool kFixedCounts = true;
+
   static __m512i expand_row(const uint8_t* words, const uint8_t*& values) { return expand_bf16(words, values); }
   static __m512 add(__m512 sum, __m512i row, const float* x) { return add_bf16(sum, row, x); }
 };
@@ -35,6 +37,8 @@ struct Int8 {
   static constexpr DType dtype = DType::int8;
   static constexpr int64_t kRowBlock = 4, kPanelBlock = 2, kStreamRows = 4;
   using X = int8_t;
+
+  static constexpr bool kFixedCounts = true;
 
   static __m512i expand_row(const uint8_t* words, const uint8_t*& values) { return expand_int8(words, values); }
   static __m512i quad(const int8_t* x) { return _mm512_set1_epi32(load<int32_t>(x)); }
@@ -72,6 +76,8 @@ struct Int8 {
   template <int M, Layout L>
   static bool stream(Cursor& c, int64_t rows, const Activations<Int8>& a, float* sums) {
     constexpr int kStep = 8;  // rows of the smallest group, 32 inputs
+    static_assert(kFixedOf == kGroup<Int8>);
+    const int64_t block_bytes = kPanel * c.pattern.n;  // structured
     __m512 sum[M];
     __m512i integers[M];
     for (int m = 0; m < M; ++m) {
@@ -82,14 +88,18 @@ struct Int8 {
     for (int64_t first = 0; first < rows; first += kChunkRows<Int8>) {
       const int64_t count = std::min(kChunkRows<Int8>, rows - first);
       const uint8_t *words = c.at, *values = c.at;
-      if constexpr (L == Layout::sparse) {
-        if (!readable<Int8>(c, count)) return false;
+      if constexpr (L != Layout::dense) {
+        if (!chunk_readable<Int8, L>(c, count)) return false;
         values += count * kWord<Int8>;
       }
       const auto step = [&](int64_t r) __attribute__((always_inline)) {
         __m512i w;
         prefetch(values);
-        if constexpr (L == Layout::sparse) {
+        if constexpr (L == Layout::structured) {  // a row is a block
+          const uint8_t* block = values;
+          w = expand_row(words + r * kWord<Int8>, block);
+          values += block_bytes;
+        } else if constexpr (L == Layout::sparse) {
           w = expand_row(words + r * kWord<Int8>, values);
         } else {
           w = _mm512_loadu_si512(values);

@@ -17,6 +17,16 @@ DType dtype_of(const std::string& name, const char* op) {
   STD_TORCH_CHECK(false, op, ": dtype must be fp32, bf16, int8 or int4, got ", name);
 }
 
+// The n and m of "n:m"; zeros of "unstructured".
+Pattern pattern_of(const std::string& name, const char* op) {
+  for (int64_t m = 2; m <= kChunk; m *= 2)
+    for (int64_t n = 1; n < m; ++n)
+      if (name == std::to_string(n) + ':' + std::to_string(m)) return {n, m};
+  STD_TORCH_CHECK(name == "unstructured", op,
+                  ": pattern must be unstructured or n:m with n below m and m a power of two from 2 to 64, got ", name);
+  return {};
+}
+
 // One grid argument of `pack` as contiguous floats at any address, or null where it is not given.
 const void* grid_values(std::optional<Tensor>& grid, const char* argument, int64_t outputs, int64_t groups, const char* op) {
   if (!grid) return nullptr;
@@ -32,7 +42,7 @@ const void* grid_values(std::optional<Tensor>& grid, const char* argument, int64
 }
 
 Tensor pack(Tensor weight, std::string dtype_name, std::string layout_name, int64_t group_size, bool symmetric, std::optional<Tensor> scale,
-            std::optional<Tensor> minimum) {
+            std::optional<Tensor> minimum, std::string pattern_name) {
   static const char* op = "sparse_linear_pack";
   const Float type = float_type(weight, op, "weight");
   STD_TORCH_CHECK(weight.dim() == 2, op, ": weight must be 2-D (out_features, in_features), got ", weight.dim(), "-D");
@@ -45,25 +55,33 @@ Tensor pack(Tensor weight, std::string dtype_name, std::string layout_name, int6
                   dtype_name);
   STD_TORCH_CHECK(scale.has_value() && int4 && !symmetric ? minimum.has_value() : !minimum, op,
                   ": minimum must be given with scale for an int4 weight that is not symmetric, and only then");
+  const Pattern pattern = pattern_of(pattern_name, op);
+  const bool structured = pattern.m > 0;
+  STD_TORCH_CHECK(!structured || !int4, op, ": pattern must be unstructured for int4 weights, got ", pattern_name);
+  STD_TORCH_CHECK(!structured || layout_name == "auto", op, ": layout must be auto with a pattern, got ", layout_name);
+  STD_TORCH_CHECK(!structured || weight.size(1) % pattern.m == 0, op, ": weight must have a multiple of ", pattern.m,
+                  " inputs for the pattern ", pattern_name, ", got ", weight.size(1));
   weight = torch::stable::contiguous(weight);
   Dense dense{weight.const_data_ptr(), type, weight.size(0), weight.size(1)};
   const int64_t panels = divide_up(dense.outputs, kPanel), groups = int4 ? divide_up(dense.inputs, group_size) : 1;
   dense.scale = grid_values(scale, "scale", dense.outputs, groups, op);
   dense.minimum = grid_values(minimum, "minimum", dense.outputs, groups, op);
 
-  // What each layout would need; only the wanted one, if it is named.
-  Scheme scheme{dtype, Layout::dense, int4 ? group_size : 0, int4 && symmetric};
-  std::vector<PanelPlan> plans[2];
-  int64_t best = -1, bytes[2] = {0, 0};
-  for (const char* name : {"dense", "sparse"}) {
-    const int i = name[0] == 's';
-    if (layout_name != "auto" && layout_name != name) continue;
+  // What each layout would need; only the wanted one, if it is named or a pattern says so.
+  Scheme scheme{dtype, Layout::dense, int4 ? group_size : 0, int4 && symmetric, pattern};
+  const char* names[] = {"dense", "sparse", "structured"};
+  std::vector<PanelPlan> plans[3];
+  int64_t best = -1, bytes[3] = {0, 0, 0};
+  for (int i = 0; i < 3; ++i) {
+    if (structured ? i != 2 : i == 2 || (layout_name != "auto" && layout_name != names[i])) continue;
     scheme.layout = static_cast<Layout>(i);
     plans[i].resize(panels);
     for_each(panels, 1, [&](int64_t panel) { plans[i][panel] = plan_panel(dense, scheme, panel); });
     for (const PanelPlan& plan : plans[i]) {
       STD_TORCH_CHECK(plan.representable, op, ": weight must be finite", int4 ? " and within the range of fp16 scales" : "",
                       " to be packed as ", dtype_name, ", got ", int4 ? "other values" : "NaN or an infinity");
+      STD_TORCH_CHECK(plan.misfit < 0, op, ": weight must have at most ", pattern.n, " nonzeros among every ", pattern.m,
+                      " inputs for the pattern ", pattern_name, ", got more in output ", plan.misfit);
       bytes[i] += plan.bytes;
     }
     if (best < 0 || bytes[i] < bytes[best]) best = i;
@@ -81,8 +99,7 @@ Tensor pack(Tensor weight, std::string dtype_name, std::string layout_name, int6
     nonzeros += plan.nonzeros;
     offsets.push_back(offsets.back() + plan.bytes);
   }
-  const Header header{kMagic,        kVersion,     dtype, scheme.layout, static_cast<uint32_t>(scheme.group_size),
-                      dense.outputs, dense.inputs, total, nonzeros,      scheme.symmetric};
+  const Header header = header_of(scheme, dense.outputs, dense.inputs, total, nonzeros);
   std::memcpy(data, &header, sizeof(header));
   std::memcpy(data + sizeof(header), offsets.data(), offsets.size() * 8);
   for_each(panels, 1, [&](int64_t i) { write_panel(dense, scheme, i, data + offsets[i]); });

@@ -7,6 +7,9 @@
 
 namespace tce::sparse_linear {
 
+// The header of a packed array of `bytes` bytes.
+Header header_of(const Scheme& scheme, int64_t outputs, int64_t inputs, int64_t bytes, int64_t nonzeros);
+
 // Checks the header and the offsets of a packed array and fills `out`. Returns null, or what is wrong.
 const char* open(const uint8_t* data, int64_t bytes, Packed& out);
 
@@ -30,7 +33,8 @@ inline float inverse_of(float scale) {
 struct PanelPlan {
   int64_t nonzeros;  // elements that are not zero once rounded
   int64_t bytes;
-  bool representable;  // false: int8 and int4 cannot hold infinities and NaN, int4 no scale beyond fp16
+  bool representable;   // false: int8 and int4 cannot hold infinities and NaN, int4 no scale beyond fp16
+  int64_t misfit = -1;  // structured: the first output with more nonzeros than the pattern has places
 };
 PanelPlan plan_panel(const Dense& weight, const Scheme& scheme, int64_t panel);
 void write_panel(const Dense& weight, const Scheme& scheme, int64_t panel, uint8_t* out);

@@ -22,6 +22,8 @@ namespace tce::sparse_linear {
 //
 //   dense   chunk = row | row | ...
 //   sparse  chunk = a bitmap word of 16 * g bits for each row (least significant bit first) | the nonzero elements, in the same order
+//   structured  as sparse; of every m inputs of an output, in order, exactly n are stored, the first zeros among them if need be; m is a
+//               power of two up to 64 and divides the inputs. Every m inputs of a panel have 16 * n values, so all places are known
 //
 // So a whole chunk has 128 bytes of bitmap for 1024 weights in every dtype. int8 codes are stored as code + 128; a zero weight is 128.
 // Bitmap and values share one stream because two short streams cost twice the time from DRAM (docs/techniques/sparse_linear.md).
@@ -41,7 +43,7 @@ namespace tce::sparse_linear {
 // Padding has the code of zero (dense, not symmetric: code 0); the outputs that only fill a panel have scale, minimum and zero 0.
 
 enum class DType : uint32_t { fp32, bf16, int8, int4 };
-enum class Layout : uint32_t { dense, sparse };
+enum class Layout : uint32_t { dense, sparse, structured };
 
 constexpr uint64_t kMagic = 0x4c5053'45435401;  // 01 "TCESPL"
 constexpr uint32_t kVersion = 1;
@@ -52,11 +54,11 @@ struct Header {
   uint32_t version;
   DType dtype;
   Layout layout;
-  uint32_t group_size;  // int4: inputs that share a scale; else 0
+  uint32_t group_size;  // int4: inputs that share a scale; structured: n; else 0
   int64_t outputs, inputs;
   int64_t bytes;      // of the whole array
   int64_t nonzeros;   // weights that are not zero
-  int64_t symmetric;  // int4: 1 if zero is always code 8; else 0
+  int64_t symmetric;  // int4: 1 if zero is always code 8; structured: m; else 0
 };
 static_assert(sizeof(Header) == 64);
 
@@ -69,12 +71,22 @@ constexpr int64_t chunk_of(DType dtype) { return dtype == DType::int4 ? 32 : kCh
 constexpr bool has_codes(DType dtype) { return dtype == DType::int8 || dtype == DType::int4; }
 constexpr int64_t panel_tail(DType dtype) { return dtype == DType::int8 ? kPanel * 4 : 0; }
 
+// Of the structured layout: n of every m consecutive inputs of an output are stored.
+struct Pattern {
+  int64_t n = 0, m = 0;
+
+  // A block is the fewest rows that hold whole groups of m inputs, hence equally many values.
+  constexpr int64_t block_rows(DType dtype) const { return divide_up(m, group_of(dtype)); }
+  constexpr int64_t block_values(DType dtype) const { return kPanel * n * divide_up(group_of(dtype), m); }
+};
+
 // How the panels of a packed weight are written.
 struct Scheme {
   DType dtype;
   Layout layout;
   int64_t group_size;  // of int4, else 0
   bool symmetric;
+  Pattern pattern = {};  // of the structured layout
 
   // int4: bytes before the chunks of a group.
   int64_t group_head() const { return kPanel * 2 + (symmetric ? 0 : layout == Layout::dense ? kPanel * 2 : kPanel); }

@@ -7,6 +7,9 @@
 //   dot<M, P>(weight, rows, x, sums)          adds `rows` packed rows of P panels times M rows of x to sums[m][panel][16]
 //   kStreamRows                               rows of x that `stream` takes at most: 4 (0: there is no stream)
 //   stream<M, layout>(cursor, rows, x, sums)  a whole panel times M rows of x in registers; false if a chunk is not readable
+//   kFixedCounts                              present if there is a stream<1, structured>, for patterns n:4
+//
+// Whatever else reads a structured panel reads it as a sparse one, which it is.
 
 template <typename T>
 constexpr int64_t kGroup = group_of(T::dtype);
@@ -110,10 +113,11 @@ struct Cursor {
   const uint8_t* at;
   const uint8_t* end;        // of the panel's chunks
   const uint8_t* array_end;  // of the packed array
+  Pattern pattern;
 };
 
 static Cursor cursor(const Packed& w, int64_t panel) {
-  return {w.data + w.offset(panel), w.data + w.offset(panel + 1) - panel_tail(w.dtype), w.data + w.bytes};
+  return {w.data + w.offset(panel), w.data + w.offset(panel + 1) - panel_tail(w.dtype), w.data + w.bytes, w.pattern};
 }
 
 // Whether a sparse chunk can be read without leaving the packed array. Bounding it by the most a chunk can hold is enough nearly
@@ -217,6 +221,11 @@ static bool run_block(const Product& p, int64_t panel, int64_t row_begin, int64_
   return true;
 }
 
+// Whether T has a stream of M rows of x that makes use of fixed counts. Measured: with other m, or more rows, it gains nothing.
+template <typename T, int M>
+constexpr bool kFixed = M == 1 && requires { T::kFixedCounts; };
+constexpr int64_t kFixedOf = 4;  // the m of those patterns
+
 // One panel times a few rows of x, in registers from end to end.
 template <typename T, int M>
 static bool run_stream(const Product& p, int64_t panel, int64_t row_begin) {
@@ -226,7 +235,9 @@ static bool run_stream(const Product& p, int64_t panel, int64_t row_begin) {
     float sums[M * kPanel];
     const Activations<T> a = activations<T>(p, row_begin, 0);
     const bool intact = w.layout == Layout::dense ? T::template stream<M, Layout::dense>(c, w.rows(), a, sums)
-                                                  : T::template stream<M, Layout::sparse>(c, w.rows(), a, sums);
+                        : kFixed<T, M> && w.pattern.m == kFixedOf
+                            ? T::template stream<M, kFixed<T, M> ? Layout::structured : Layout::sparse>(c, w.rows(), a, sums)
+                            : T::template stream<M, Layout::sparse>(c, w.rows(), a, sums);
     if (!intact || c.at != c.end) return false;
     for (int m = 0; m < M; ++m) store<T>(p, row_begin + m, panel, sums + m * kPanel);
   }

@@ -60,8 +60,7 @@ std::vector<uint8_t> pack(const Dense& weight, const Scheme& scheme) {
   }
   std::vector<uint8_t> packed(offsets.back() + kTail);
   const int64_t bytes = packed.size();
-  const Header header{kMagic,         kVersion,      scheme.dtype, scheme.layout, static_cast<uint32_t>(scheme.group_size),
-                      weight.outputs, weight.inputs, bytes,        nonzeros,      scheme.symmetric};
+  const Header header = header_of(scheme, weight.outputs, weight.inputs, bytes, nonzeros);
   std::memcpy(packed.data(), &header, sizeof(header));
   std::memcpy(packed.data() + sizeof(header), offsets.data(), offsets.size() * 8);
   for (int64_t i = 0; i < panels; ++i) {

@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from ..sparse_linear import SparseLinearConfig, magnitude_mask, ops
+from ..sparse_linear.modules import packed_pattern
 
 Stamp = tuple[int, int]
 
@@ -40,7 +41,14 @@ def pack(weight: Tensor, config: SparseLinearConfig) -> Tensor:
         dense = weight.detach()
         if config.sparsity is not None:
             dense = dense * magnitude_mask(dense, config.sparsity, config.granularity, config.pattern)
-        packed = ops.pack(dense, dtype=config.dtype, layout=config.layout, group_size=config.group_size, symmetric=config.symmetric)
+        packed = ops.pack(
+            dense,
+            dtype=config.dtype,
+            layout=config.layout,
+            group_size=config.group_size,
+            symmetric=config.symmetric,
+            pattern=packed_pattern(dense, config),
+        )
     made[config] = stamp, weakref.ref(packed)
     return packed
 

@@ -18,7 +18,7 @@ from . import env
 ISAS = ("scalar", "avx2", "avx512", "avx512_vnni", "avx512_bf16", "amx")
 
 _AVX512 = ("avx512_f", "avx512_bw", "avx512_vl", "avx512_dq")
-_VNNI = ("avx512_vnni", "avx512_vbmi", "avx512_vbmi2")
+_VNNI = ("avx512_vnni", "avx512_vbmi", "avx512_vbmi2", "avx512_vpopcntdq")
 _NEEDS = {  # what each level adds to the one below, in the words of torch.cpu.get_capabilities()
     "scalar": (),
     "avx2": ("avx2", "fma3", "f16c", "bmi2"),

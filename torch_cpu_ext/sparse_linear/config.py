@@ -19,7 +19,8 @@ class SparseLinearConfig(Config):
             there. Weights that another module shares (a tied ``lm_head``) are packed unpruned.
         granularity: where magnitudes are compared: ``"row"`` prunes the same share of every output, ``"layer"`` of the whole weight.
         pattern: ``"unstructured"``, or ``"n:m"``, such as ``"2:4"``: of every m consecutive inputs of an output, n stay; then ``sparsity``
-            is 1 - n/m. Weights are stored as unstructured ones are.
+            is 1 - n/m, or None for weights that have the pattern already. Those that have it are stored in the structured layout if m is a
+            power of two up to 64, ``dtype`` is not int4 and ``layout`` is ``"auto"``; all others as unstructured ones are.
         layout: ``"sparse"``, ``"dense"``, or ``"auto"``, which takes what needs fewer bytes, for each layer.
         group_size: inputs that share a scale in int4 weights, 32, 64 or 128.
         symmetric: whether the grid of int4 weights is centred on zero. False costs up to 2 bytes more a group and is more accurate.
@@ -53,8 +54,8 @@ class SparseLinearConfig(Config):
         groups = parse_pattern(self.pattern)
         if groups is not None:
             share = 1 - groups[0] / groups[1]
-            fits = self.sparsity is not None and abs(self.sparsity - share) < 1e-6
-            require(fits, self, "sparsity", f"{share:g} for the pattern {self.pattern}")
+            fits = self.sparsity is None or abs(self.sparsity - share) < 1e-6
+            require(fits, self, "sparsity", f"{share:g} or None for the pattern {self.pattern}")
         require(self.layout in ("auto", *LAYOUTS), self, "layout", f"one of auto, {', '.join(LAYOUTS)}")
         require(self.group_size in GROUP_SIZES, self, "group_size", "32, 64 or 128")
         require(self.head_dtype is None or self.head_dtype in DTYPES, self, "head_dtype", f"None or one of {', '.join(DTYPES)}")

@@ -11,7 +11,13 @@ from ..core import jit, memory
 from ..core.swap import Replacement, Row, tensor_bytes
 from . import ops
 from .config import SparseLinearConfig
-from .pruning import magnitude_mask
+from .pruning import has_pattern, magnitude_mask
+
+
+def packed_pattern(weight: Tensor, config: SparseLinearConfig) -> str:
+    """The ``pattern`` for `ops.pack`: that of the config where the structured layout is free to choose, can hold it, and the weight has it."""
+    possible = config.layout == "auto" and config.dtype != "int4" and ops.structured_pattern(config.pattern) is not None
+    return config.pattern if possible and has_pattern(weight, config.pattern) else "unstructured"
 
 _CONSTANT = (
     "the packed weight of a SparseLinear is a constant and cannot be set or trained; gradients reach the input and the bias. "
@@ -120,7 +126,14 @@ class SparseLinear(Replacement):
             symmetric=symmetric,
         )
         result.packed = ops.pack(
-            dense, dtype=config.dtype, layout=config.layout, group_size=group_size, symmetric=symmetric, scale=scale, minimum=minimum
+            dense,
+            dtype=config.dtype,
+            layout=config.layout,
+            group_size=group_size,
+            symmetric=symmetric,
+            scale=scale,
+            minimum=minimum,
+            pattern=packed_pattern(dense, config),
         )
         result.bias = linear.bias
         result.weight_dtype, result.weight_requires_grad = weight.dtype, weight.requires_grad
@@ -178,8 +191,8 @@ class SparseLinear(Replacement):
 
     @property
     def layout(self) -> str:
-        """``"dense"`` or ``"sparse"``, or ``"empty"`` before weights are loaded."""
-        return ops.LAYOUTS[int(self.packed[16])] if self._has_weights() else "empty"
+        """``"dense"``, ``"sparse"`` or ``"structured"``, or ``"empty"`` before weights are loaded."""
+        return ops.LAYOUT_NAMES[int(self.packed[16])] if self._has_weights() else "empty"
 
     @property
     def sparsity(self) -> float:

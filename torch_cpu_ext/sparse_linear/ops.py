@@ -11,10 +11,12 @@ import torch
 from torch import Tensor
 
 from ..core.registry import define
+from .pruning import is_pattern, parse_pattern
 
 DTYPES = ("fp32", "bf16", "int8", "int4")
 GROUP_SIZES = (32, 64, 128)
-LAYOUTS = ("dense", "sparse")
+LAYOUTS = ("dense", "sparse")  # those to choose between; a pattern has its own
+LAYOUT_NAMES = (*LAYOUTS, "structured")  # by code
 INT4_LIMIT = 65504.0  # magnitude up to which every weight has float16 scales and minimums
 FLOATS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -75,6 +77,7 @@ def pack(
     symmetric: bool = False,
     scale: Tensor | None = None,
     minimum: Tensor | None = None,
+    pattern: str = "unstructured",
 ) -> Tensor:
     """Packs a dense weight; the result does not depend on the instruction set or the number of threads.
 
@@ -91,16 +94,25 @@ def pack(
         scale: grid to round to, for weights that lie on one: float32 ``(out_features, 1)`` for int8, ``(out_features, groups)`` for int4,
             where it is rounded to float16; None finds one.
         minimum: with ``scale``, for int4 that is not symmetric: the value of code 0, float32 ``(out_features, groups)``.
+        pattern: ``"n:m"``, such as ``"2:4"``: the weight has at most n values that are not zero among every m consecutive inputs of an
+            output, m a power of two up to 64; it is packed in the ``"structured"`` layout, with exactly n values for every m inputs. Not for
+            int4, and only with the layout ``"auto"``.
     Returns:
         1-D uint8 tensor: format version, sizes and all data in one array (after arXiv:2502.12444, with bitmap and values in one
         stream).
     Raises:
         RuntimeError: a dtype, shape or name does not fit, or codes are asked for and the weight has NaN or infinities (or, for int4, the
-            scale is beyond float16).
+            scale is beyond float16), or the weight does not have the pattern; the message names the first output that has not.
     """
     return torch.ops.torch_cpu_ext.sparse_linear_pack(
-        weight, dtype=dtype, layout=layout, group_size=group_size, symmetric=symmetric, scale=scale, minimum=minimum
+        weight, dtype=dtype, layout=layout, group_size=group_size, symmetric=symmetric, scale=scale, minimum=minimum, pattern=pattern
     )
+
+
+def structured_pattern(pattern: str) -> tuple[int, int] | None:
+    """``(n, m)`` of a pattern that the structured layout can hold; None of any other."""
+    groups = parse_pattern(pattern) if is_pattern(pattern) else None
+    return groups if groups is not None and groups[1] <= _CHUNK and groups[1].bit_count() == 1 else None
 
 
 def _inverse(scale: Tensor) -> Tensor:
@@ -125,6 +137,7 @@ def _check_pack(
     symmetric: bool = False,
     scale: Tensor | None = None,
     minimum: Tensor | None = None,
+    pattern: str = "unstructured",
 ) -> None:
     op = "sparse_linear_pack"
     _check_float(op, "weight", weight)
@@ -149,6 +162,17 @@ def _check_pack(
                 f"with {grid.numel()} elements"
             ),
         )
+    torch._check(
+        pattern == "unstructured" or structured_pattern(pattern) is not None,
+        lambda: f"{op}: pattern must be unstructured or n:m with n below m and m a power of two from 2 to 64, got {pattern}",
+    )
+    if (found := structured_pattern(pattern)) is not None:
+        torch._check(dtype != "int4", lambda: f"{op}: pattern must be unstructured for int4 weights, got {pattern}")
+        torch._check(layout == "auto", lambda: f"{op}: layout must be auto with a pattern, got {layout}")
+        torch._check(
+            weight.shape[1] % found[1] == 0,
+            lambda: f"{op}: weight must have a multiple of {found[1]} inputs for the pattern {pattern}, got {weight.shape[1]}",
+        )
 
 
 def _pack_fake(weight: Tensor, **options: Any) -> Tensor:
@@ -165,9 +189,13 @@ def _pack_reference(
     symmetric: bool = False,
     scale: Tensor | None = None,
     minimum: Tensor | None = None,
+    pattern: str = "unstructured",
 ) -> Tensor:
-    _check_pack(weight, dtype=dtype, layout=layout, group_size=group_size, symmetric=symmetric, scale=scale, minimum=minimum)
+    _check_pack(
+        weight, dtype=dtype, layout=layout, group_size=group_size, symmetric=symmetric, scale=scale, minimum=minimum, pattern=pattern
+    )
     outputs, inputs = weight.shape
+    found_pattern = structured_pattern(pattern)
     for name, grid in (("scale", scale), ("minimum", minimum)):
         finite = grid is None or bool(grid.isfinite().all())
         torch._check(finite, lambda name=name: f"sparse_linear_pack: {name} must be finite, got NaN or an infinity")
@@ -177,21 +205,21 @@ def _pack_reference(
         message = f"sparse_linear_pack: weight must be {what} to be packed as {dtype}, got {found}"
         torch._check(bool(weight.isfinite().all()), lambda: message)
     candidates = []
-    for name in LAYOUTS if layout == "auto" else (layout,):
+    for name in ("structured",) if found_pattern else LAYOUTS if layout == "auto" else (layout,):
         if dtype == "int4":
             panels, nonzeros = _int4_panels(weight.float(), name, group_size, symmetric, scale, minimum)
             torch._check(nonzeros >= 0, lambda: message)
         else:
-            panels, nonzeros = _panels(weight.float(), dtype, name, scale)
-        candidates.append((sum(panel.numel() for panel in panels), LAYOUTS.index(name), panels, nonzeros))
+            panels, nonzeros = _panels(weight.float(), dtype, name, scale, found_pattern)
+        candidates.append((sum(panel.numel() for panel in panels), LAYOUT_NAMES.index(name), panels, nonzeros))
     _, layout_code, panels, nonzeros = min(candidates, key=lambda candidate: candidate[:2])
     offsets = [-(-(_HEADER.size + (len(panels) + 1) * 8) // 64) * 64]
     for panel in panels:
         offsets.append(offsets[-1] + panel.numel())
     int4 = dtype == "int4"
     header = _HEADER.pack(
-        *(_MAGIC, _VERSION, DTYPES.index(dtype), layout_code, group_size if int4 else 0),
-        *(outputs, inputs, offsets[-1] + _TAIL, nonzeros, int(int4 and symmetric)),
+        *(_MAGIC, _VERSION, DTYPES.index(dtype), layout_code, found_pattern[0] if found_pattern else group_size if int4 else 0),
+        *(outputs, inputs, offsets[-1] + _TAIL, nonzeros, found_pattern[1] if found_pattern else int(int4 and symmetric)),
     )
     head = (header + struct.pack(f"<{len(offsets)}q", *offsets)).ljust(offsets[0], b"\0")
     return torch.cat([torch.frombuffer(bytearray(head), dtype=torch.uint8), *panels, torch.zeros(_TAIL, dtype=torch.uint8)])
@@ -203,7 +231,9 @@ def _bitmap(keep: Tensor) -> Tensor:
     return bits.sum(1, dtype=torch.uint8)
 
 
-def _panels(weight: Tensor, dtype: str, layout: str, scale: Tensor | None) -> tuple[list[Tensor], int]:
+def _panels(
+    weight: Tensor, dtype: str, layout: str, scale: Tensor | None, pattern: tuple[int, int] | None
+) -> tuple[list[Tensor], int]:
     """The bytes of each panel, and the number of weights that are not zero."""
     outputs, inputs = weight.shape
     group, panels = _GROUP[dtype], -(-outputs // _PANEL)
@@ -221,6 +251,21 @@ def _panels(weight: Tensor, dtype: str, layout: str, scale: Tensor | None) -> tu
     else:
         codes = _round_bf16(values) if dtype == "bf16" else values
         keep = codes != 0
+    nonzeros = int(keep.sum())
+    if pattern:
+        n, m = pattern
+        groups = keep.view(panels * _PANEL, rows * group // m, m)
+        crowded = (groups.sum(2) > n).any(1)
+        torch._check(
+            not bool(crowded.any()),
+            lambda: (
+                f"sparse_linear_pack: weight must have at most {n} nonzeros among every {m} inputs for the pattern {n}:{m}, "
+                f"got more in output {int(crowded.nonzero()[0])}"
+            ),
+        )
+        zeros = ~groups & ((~groups).cumsum(2) <= n - groups.sum(2, keepdim=True))  # those that are stored, too
+        codes = torch.where(keep, codes, 128 if dtype == "int8" else 0)  # no zero has a sign
+        keep = keep | zeros.view_as(keep)
     # (panel, row, element of the row)
     codes, keep = (
         t.view(panels, _PANEL, rows, group).transpose(1, 2).flatten(2).clone(memory_format=torch.contiguous_format) for t in (codes, keep)
@@ -234,7 +279,7 @@ def _panels(weight: Tensor, dtype: str, layout: str, scale: Tensor | None) -> tu
         if dtype == "int8":
             parts.append(scales[panel * _PANEL :][:_PANEL].contiguous().view(torch.uint8))
         result.append(torch.cat([*parts, torch.empty(0, dtype=torch.uint8)]))
-    return result, int(keep.sum())
+    return result, nonzeros
 
 
 def _int4_grid(
@@ -317,7 +362,7 @@ def _int4_panels(
 
 define(
     'sparse_linear_pack(Tensor weight, *, str dtype="bf16", str layout="auto", int group_size=32, bool symmetric=False, '
-    "Tensor? scale=None, Tensor? minimum=None) -> Tensor",
+    'Tensor? scale=None, Tensor? minimum=None, str pattern="unstructured") -> Tensor',
     fake=_pack_fake,
     reference=_pack_reference,
 )
@@ -372,6 +417,7 @@ class _Header(NamedTuple):
     inputs: int
     nonzeros: int
     symmetric: bool
+    pattern: tuple[int, int] | None
     offsets: list[int]
 
 
@@ -385,12 +431,19 @@ def _read_header(op: str, packed: Tensor) -> _Header:
     _intact(op, version <= _VERSION, "a format version from the future: update torch_cpu_ext")
     _intact(op, version >= 1, "format version 0")
     _intact(op, dtype_code < len(DTYPES), "an unknown dtype code")
-    _intact(op, layout_code < len(LAYOUTS), "an unknown layout code")
-    dtype, layout = DTYPES[dtype_code], LAYOUTS[layout_code]
+    dtype = DTYPES[dtype_code]
     int4 = dtype == "int4"
+    _intact(op, layout_code < len(LAYOUTS if int4 else LAYOUT_NAMES), "an unknown layout code")
+    layout = LAYOUT_NAMES[layout_code]
+    pattern = (group_size, symmetric) if layout == "structured" else None
+    if pattern:
+        group_size = symmetric = 0
     _intact(op, group_size in GROUP_SIZES if int4 else group_size == 0, "an unknown group size")
     _intact(op, symmetric == 0 or (int4 and symmetric == 1), "an unknown kind of zero")
     _intact(op, 0 <= outputs <= 1 << 40 and 0 <= inputs <= 1 << 40, "sizes out of range")
+    if pattern:
+        known = structured_pattern(f"{pattern[0]}:{pattern[1]}") is not None
+        _intact(op, known and inputs % pattern[1] == 0, "an unknown pattern")
     _intact(op, total == data, "an array of another length than its header says (truncated?)")
     panels = -(-outputs // _PANEL)
     first = -(-(_HEADER.size + (panels + 1) * 8) // 64) * 64
@@ -398,12 +451,14 @@ def _read_header(op: str, packed: Tensor) -> _Header:
     offsets = list(struct.unpack(f"<{panels + 1}q", bytes(packed[_HEADER.size : _HEADER.size + (panels + 1) * 8].tolist())))
     _intact(op, offsets[0] == first and offsets[-1] == data - _TAIL, "offsets that do not span the array")
     _intact(op, all(a <= b for a, b in itertools.pairwise(offsets)), "offsets out of order")
-    header = _Header(dtype, layout, group_size, outputs, inputs, nonzeros, symmetric == 1, offsets)
+    header = _Header(dtype, layout, group_size, outputs, inputs, nonzeros, symmetric == 1, pattern, offsets)
     if int4:
         least = -(-inputs // group_size) * _group_head(header) + -(-inputs // 32) * (256 if layout == "dense" else 64)
     else:
         rows = -(-inputs // _GROUP[dtype])
         least = rows * (64 if layout == "dense" else 2 * _GROUP[dtype]) + (_PANEL * 4 if dtype == "int8" else 0)
+        if pattern:
+            least += rows * _PANEL * _GROUP[dtype] // pattern[1] * pattern[0] * (4 // _GROUP[dtype])
     for begin, end in itertools.pairwise(offsets):
         _intact(op, end - begin >= least and (layout == "sparse" or end - begin == least), "a panel of the wrong length")
     return header
@@ -443,6 +498,10 @@ def _dense(op: str, packed: Tensor, out_features: int, in_features: int) -> Tens
                 at += chunk.numel() * size
                 continue
             mask = _mask(packed[at : at + chunk.numel() // 8]).view_as(chunk)
+            if header.pattern:
+                n, m = header.pattern
+                counts = mask.view(-1, _PANEL, group).transpose(0, 1).reshape(_PANEL, -1, m).sum(2)
+                _intact(op, bool((counts == n).all()), "a panel whose bitmap and bytes disagree")
             at += chunk.numel() // 8
             count = int(mask.sum())
             _intact(op, at + count * size <= end, "a panel whose bitmap and bytes disagree")
@@ -526,8 +585,8 @@ def check(packed: Tensor) -> Tensor:
     Args:
         packed: as `pack` made it.
     Returns:
-        int64 ``(8,)``: format version, index into `DTYPES`, index into `LAYOUTS`, out_features, in_features, number of nonzero weights; for
-        int4 the group size and whether it is symmetric, else zeros.
+        int64 ``(8,)``: format version, index into `DTYPES`, index into `LAYOUT_NAMES`, out_features, in_features, number of nonzero weights;
+        for int4 the group size and whether it is symmetric, for the structured layout n and m of its pattern, else zeros.
     Raises:
         RuntimeError: ``packed`` is damaged or from a newer version; the message says what is wrong.
     """
@@ -544,8 +603,8 @@ def _check_reference(packed: Tensor) -> Tensor:
     header = _read_header(op, packed)
     nonzeros = int((_dense(op, packed, header.outputs, header.inputs) != 0).sum())
     _intact(op, nonzeros == header.nonzeros, "a panel whose bitmap and bytes disagree")
-    layout = LAYOUTS.index(header.layout)
-    facts = [_VERSION, DTYPES.index(header.dtype), layout, header.outputs, header.inputs, nonzeros, header.group_size, header.symmetric]
+    layout, last = LAYOUT_NAMES.index(header.layout), header.pattern or (header.group_size, header.symmetric)
+    facts = [_VERSION, DTYPES.index(header.dtype), layout, header.outputs, header.inputs, nonzeros, *last]
     return torch.tensor([int(fact) for fact in facts])
 
 

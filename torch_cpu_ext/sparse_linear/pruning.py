@@ -29,6 +29,14 @@ def is_pattern(pattern: str) -> bool:
     return pattern == "unstructured" or (found is not None and int(found[1]) < int(found[2]))
 
 
+def has_pattern(weight: Tensor, pattern: str) -> bool:
+    """Whether of every m consecutive inputs of an output at most n are not zero; of a weight ``(out_features, in_features)`` and ``"n:m"``."""
+    groups = parse_pattern(pattern)
+    if groups is None or weight.shape[1] % groups[1]:
+        return groups is None
+    return bool((weight.reshape(-1, groups[1]).count_nonzero(1) <= groups[0]).all())
+
+
 def magnitude_mask(weight: Tensor, sparsity: float, granularity: str = "row", pattern: str = "unstructured") -> Tensor:
     """Marks the weights of largest magnitude.
 
