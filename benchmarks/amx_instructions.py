@@ -28,13 +28,13 @@ SHAPES = (
     (512, 576, 576),
 )  # rows, out_features, in_features
 QUICK = SHAPES[:3]
-PRODUCT = {"bf16": "tdpbf16ps", "int8": "tdpbsud"}
+PRODUCT = {"bf16": "tdpbf16ps", "int8": "tdpbsud", "int4": "tdpbsud"}
 COLUMNS = {
     "products": "tdpbf16ps or tdpbsud",
-    "least": "products of 16 rows, 16 outputs and 32 inputs (int8: a group of activations) that cover the work",
+    "least": "products of 16 rows, 16 outputs and 32 inputs (int8, int4: a group of activations) that cover the work",
     "work": "share of the executed multiply-adds that are part of the work; the rest multiplies padding and repeated rows",
     "loads": "tileloadd a product; 1 is what blocks of two by two tiles need, more would have to be kept in the eight tiles for less",
-    "stores": "tilestored a product; int8 stores each product, to scale it by its group of activations",
+    "stores": "tilestored a product; int8 and int4 store each product, to scale it by its group of activations",
     "configured": "ldtilecfg; one a thread",
 }
 
@@ -46,7 +46,7 @@ def rows(quick: bool) -> Iterator[dict[str, Any]]:
     emulator = Emulator().install()
     for m, n, k in QUICK if quick else SHAPES:
         weight, x = torch.randn(n, k) * (torch.rand(n, k) < 0.5), torch.randn(m, k)
-        for dtype, group in (("bf16", 32), ("int8", 32), ("int8", 64)):
+        for dtype, group in (("bf16", 32), ("int8", 32), ("int8", 64), ("int4", 32)):
             packed = pack(weight, dtype=dtype)
             emulator.reset()
             linear(x, packed, None, n, activation_group=group)

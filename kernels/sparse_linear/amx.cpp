@@ -1,4 +1,4 @@
-// AMX (tdpbf16ps, tdpbsud) with VBMI2 to expand: bf16 and int8 weights times more rows of x than the AVX-512 streams take.
+// AMX (tdpbf16ps, tdpbsud) with VBMI2 to expand: bf16, int8 and int4 weights times more rows of x than the AVX-512 streams take.
 #include <algorithm>
 #include <array>
 #include <bit>
@@ -15,6 +15,7 @@ namespace tce::sparse_linear::amx {
 #include "sparse_linear.inl"
 #include "avx512.inl"
 #include "vbmi2.inl"
+#include "int4.inl"
 
 // A tile is up to 16 rows of up to 64 bytes, and there are eight. 16 rows of a packed panel are a second factor as they are:
 //
@@ -67,6 +68,16 @@ static void release() {
   loaded[0] = loaded[1] = 0;
 }
 
+// Products of codes: signed x, unsigned weights.
+struct Codes {
+  using X = int8_t;
+
+  template <int C, int A, int B>
+  static void multiply() {
+    asm volatile("tdpbsud %%tmm%c2, %%tmm%c1, %%tmm%c0" : : "i"(C), "i"(A), "i"(B));
+  }
+};
+
 // Hands out the tiles of a panel in order.
 template <typename T>
 struct Source {
@@ -101,9 +112,54 @@ struct Source {
   }
 };
 
+// int4: a tile of bytes, one for each code of a unit of 32 inputs, with the grids of its group behind it.
+struct UnitTile {
+  uint8_t codes[2 * kUnitRows * kRow];
+  float scale[kPanel], minimum[kPanel];
+};
+
+struct Int4 : Codes {
+  static constexpr DType dtype = DType::int4;
+
+  static const uint8_t* expand_row(const uint8_t* words, const uint8_t* values, const uint8_t* zeros, uint8_t* out) {
+    prefetch(values);
+    const __m512i zero = _mm512_loadu_si512(zeros);
+    const Halves row = expand_int4(words, values, {zero, _mm512_slli_epi16(zero, 4)});
+    _mm512_storeu_si512(out, _mm512_or_si512(row.low, row.high));
+    return values;
+  }
+
+  static int64_t tile_rows(const Product&) { return 2 * kUnitRows; }
+};
+
+template <>
+struct Source<Int4> {
+  Cursor c;
+  int64_t unit = 0;
+  Unit group = {};
+  uint8_t zeros[kRow] = {};
+
+  [[gnu::noinline]] const uint8_t* next(const Packed& w, int64_t, uint8_t* slot) {
+    Unit one;
+    if (w.layout == Layout::dense)
+      for (int64_t r = 0; r < kUnitRows; ++r) prefetch(c.at + r * kRow);
+    if (!expand_units<Int4>(w, c, unit++, 1, &one, group, zeros)) return nullptr;
+    auto* tile = reinterpret_cast<UnitTile*>(slot);
+    for (int64_t r = 0; r < kUnitRows; ++r) {
+      const Halves row = split(_mm512_loadu_si512(one.codes + r * kRow));
+      _mm512_storeu_si512(tile->codes + 2 * r * kRow, row.low);
+      _mm512_storeu_si512(tile->codes + (2 * r + 1) * kRow, _mm512_srli_epi16(row.high, 4));
+    }
+    std::memcpy(tile->scale, one.scale, sizeof(one.scale));
+    std::memcpy(tile->minimum, one.minimum, sizeof(one.minimum));
+    return slot;
+  }
+};
+
 // Tiles are kept for 8 steps along k: with more than two row tiles, each such block serves all of them before the next one is expanded, and
 // with fewer, expanding a tile does not wait for the loads of the one before.
 constexpr int64_t kBlockTiles = 8, kTileBytes = kTileRows * kRow;
+static_assert(sizeof(UnitTile) <= kTileBytes);
 
 // The tiles of P panels, fetched one step ahead of their use: the core expands while the tile unit multiplies.
 template <typename T, int P>
@@ -130,11 +186,12 @@ struct Job {
   const Product& p;
   int64_t row_begin, row_end;  // of x
   int64_t x_rows, tile_rows;   // of a tile of x, of a tile of the weights
+  int64_t tile_inputs;         // that a step along k takes
   float* sums;                 // [row tile][panel][16][16], as tilestored writes them
-  int32_t* integers;           // int8: [2][row tile & 1][panel][16][16], products that are not yet in `sums`
+  int32_t* integers;           // codes: [2][row tile & 1][panel][16][16], products that are not yet in `sums`
   uint8_t* slots;
 
-  int64_t tiles() const { return divide_up(p.weight.rows(), tile_rows); }  // along k
+  int64_t tiles() const { return divide_up(p.weight.inputs, tile_inputs); }  // along k
   int64_t row_tiles() const { return divide_up(row_end - row_begin, x_rows); }
   int64_t start(int64_t row_tile) const { return std::max<int64_t>(0, std::min(row_begin + row_tile * x_rows, row_end - x_rows)); }
 };
@@ -164,18 +221,27 @@ static void multiply(const Job& job, int64_t row_tile, int64_t t, const uint8_t*
   });
 }
 
-// int8: adds the integer products of step t to the sums, with the scales of x.
-template <int R, int P>
-static void add_scaled(const Job& job, int64_t row_tile, int64_t t, const int32_t* integers) {
+// Adds the integer products of step t to the sums, with the scales of x and those of int4 `weights`.
+template <typename T, int R, int P>
+static void add_scaled(const Job& job, int64_t row_tile, int64_t t, const int32_t* integers, const uint8_t* const* weights) {
   const int64_t groups = job.p.x_groups();
   for (int64_t r = 0; r < R; ++r) {
     const int64_t first = job.start(row_tile + r) * groups + t;
     for (int64_t row = 0; row < job.x_rows; ++row) {
       const __m512 scale = _mm512_set1_ps(job.p.x_scale[first + row * groups]);
-      const __m512i offset = _mm512_set1_epi32(job.p.x_offset[first + row * groups]);
+      const int32_t x_offset = job.p.x_offset[first + row * groups];  // -128 times the sum of the group's codes
+      const __m512i offset = _mm512_set1_epi32(x_offset);
+      const __m512 x_sum = _mm512_mul_ps(scale, _mm512_set1_ps(static_cast<float>(x_offset) / -128));
       for (int64_t i = 0; i < P; ++i) {
         const __m512i product = _mm512_loadu_si512(integers + (r * P + i) * kSums + row * kPanel);
         float* sum = job.sums + ((row_tile + r) * P + i) * kSums + row * kPanel;
+        if constexpr (T::dtype == DType::int4) {
+          const auto* tile = reinterpret_cast<const UnitTile*>(weights[i]);
+          const __m512 value = _mm512_mul_ps(_mm512_cvtepi32_ps(product), scale);
+          const __m512 scaled = _mm512_fmadd_ps(value, _mm512_loadu_ps(tile->scale), _mm512_loadu_ps(sum));
+          _mm512_storeu_ps(sum, _mm512_fmadd_ps(x_sum, _mm512_loadu_ps(tile->minimum), scaled));
+          continue;
+        }
         const __m512 value = _mm512_cvtepi32_ps(_mm512_add_epi32(product, offset));
         _mm512_storeu_ps(sum, _mm512_fmadd_ps(value, scale, _mm512_loadu_ps(sum)));
       }
@@ -186,7 +252,7 @@ static void add_scaled(const Job& job, int64_t row_tile, int64_t t, const int32_
 // Steps [begin, end) along k of R row tiles. Weights are fetched up to step `limit`. False if they are damaged.
 template <typename T, int R, int P>
 static bool run_steps(const Job& job, int64_t row_tile, int64_t begin, int64_t end, int64_t limit, Weights<T, P>& weights) {
-  constexpr bool scaled = T::dtype == DType::int8;
+  constexpr bool scaled = has_codes(T::dtype);
   float* sums = job.sums + row_tile * P * kSums;
   if constexpr (!scaled) {  // the sums stay in the tiles for a whole block
     for_sums<R, P>([&](auto tile, int r, int panel) {
@@ -204,8 +270,8 @@ static bool run_steps(const Job& job, int64_t row_tile, int64_t begin, int64_t e
     if constexpr (scaled) {  // one step behind, when they have come out of the tiles
       int32_t *products = job.integers + t % 2 * 4 * kSums, *before = job.integers + (t + 1) % 2 * 4 * kSums;
       for_sums<R, P>([&](auto tile, int r, int panel) { store_tile<tile.value>(products + (r * P + panel) * kSums, kRow); });
-      if (t > begin) add_scaled<R, P>(job, row_tile, t - 1, before);
-      if (t + 1 == end) add_scaled<R, P>(job, row_tile, t, products);
+      if (t > begin) add_scaled<T, R, P>(job, row_tile, t - 1, before, weights.tiles[(t - 1) % kBlockTiles]);
+      if (t + 1 == end) add_scaled<T, R, P>(job, row_tile, t, products, weights.tiles[t % kBlockTiles]);
     }
   }
   if constexpr (!scaled) {
@@ -220,7 +286,7 @@ static bool run_panels(const Job& job, int64_t panel) {
   const int64_t tiles = job.tiles(), row_tiles = job.row_tiles(), block = row_tiles <= 2 ? tiles : kBlockTiles;
   Weights<T, P> weights{p.weight, job.tile_rows, job.slots, {}};
   for (int i = 0; i < P; ++i) weights.source[i].c = cursor(p.weight, panel + i);
-  if (T::dtype == DType::int8 || tiles == 0) std::fill_n(job.sums, row_tiles * P * kSums, 0.0f);
+  if (has_codes(T::dtype) || tiles == 0) std::fill_n(job.sums, row_tiles * P * kSums, 0.0f);
   if (tiles > 0 && !weights.fetch()) return false;
   for (int64_t begin = 0; begin < tiles; begin += block) {
     const int64_t end = std::min(begin + block, tiles);
@@ -244,7 +310,8 @@ static bool run_panels(const Job& job, int64_t panel) {
 template <typename T>
 static bool run_tiles(const Product& p, int64_t panel_begin, int64_t panel_end, int64_t row_begin, int64_t row_end) {
   const int64_t x_rows = divide_up(p.m, divide_up(p.m, kTileRows));
-  Job job{p, row_begin, row_end, x_rows, T::tile_rows(p), nullptr, nullptr, nullptr};
+  const int64_t tile_rows = T::tile_rows(p), tile_inputs = tile_rows * 4 / sizeof(typename T::X);
+  Job job{p, row_begin, row_end, x_rows, tile_rows, tile_inputs, nullptr, nullptr, nullptr};
   const int64_t slots = kBlockTiles * 2 * kTileBytes, integers = 2 * 4 * kSums * 4, sums = job.row_tiles() * 2 * kSums * 4;
   const std::unique_ptr<uint8_t[]> scratch(new uint8_t[slots + integers + sums + 64]);
   job.slots = scratch.get() + (-reinterpret_cast<uintptr_t>(scratch.get()) & 63);
@@ -274,9 +341,8 @@ struct Bf16 {
   }
 };
 
-struct Int8 {
+struct Int8 : Codes {
   static constexpr DType dtype = DType::int8;
-  using X = int8_t;
 
   static __m512i expand_row(const uint8_t* words, const uint8_t*& values) { return expand_int8(words, values); }
   static const uint8_t* expand(const uint8_t* words, const uint8_t* values, int64_t rows, uint8_t* out) {
@@ -285,11 +351,6 @@ struct Int8 {
 
   // A step along k is one group of x: its products get one scale.
   static int64_t tile_rows(const Product& p) { return p.x_group / 4; }
-
-  template <int C, int A, int B>
-  static void multiply() {  // signed x, unsigned weights
-    asm volatile("tdpbsud %%tmm%c2, %%tmm%c1, %%tmm%c0" : : "i"(C), "i"(A), "i"(B));
-  }
 };
 
 template <typename T>
@@ -299,6 +360,7 @@ static constexpr Variant tile_variant() {
 
 Variant bf16() { return tile_variant<Bf16>(); }
 Variant int8() { return tile_variant<Int8>(); }
+Variant int4() { return tile_variant<Int4>(); }
 
 }  // namespace tce::sparse_linear::amx
 

@@ -136,26 +136,9 @@ struct Int4 {
   static constexpr int64_t kRowBlock = 8, kStreamRows = 4;
   using X = int8_t;
 
-  // The codes in the lower halves of bytes, and those in the upper halves times 16.
-  struct Halves {
-    __m512i low, high;
-  };
-
-  static Halves split(__m512i bytes) {
-    return {_mm512_and_si512(bytes, _mm512_set1_epi8(0x0f)), _mm512_and_si512(bytes, _mm512_set1_epi8(static_cast<char>(0xf0)))};
-  }
-
-  // A row in dense form, moving on `values`; `zero` is what stands where there is no bit.
-  static Halves expand(const uint8_t* words, const uint8_t*& values, const Halves& zero) {
-    const auto low = load<uint64_t>(words), high = load<uint64_t>(words + 8);
-    const Halves packed = split(_mm512_loadu_si512(values));
-    values += std::max(std::popcount(low), std::popcount(high));
-    return {_mm512_mask_expand_epi8(fresh(zero.low), low, packed.low), _mm512_mask_expand_epi8(fresh(zero.high), high, packed.high)};
-  }
-
   static const uint8_t* expand_row(const uint8_t* words, const uint8_t* values, const uint8_t* zeros, uint8_t* out) {
     const __m512i zero = _mm512_loadu_si512(zeros);
-    const Halves row = expand(words, values, {zero, _mm512_slli_epi16(zero, 4)});
+    const Halves row = expand_int4(words, values, {zero, _mm512_slli_epi16(zero, 4)});
     _mm512_storeu_si512(out, _mm512_or_si512(row.low, row.high));
     return values;
   }
@@ -233,7 +216,7 @@ struct Int4 {
           prefetch(values);
           Halves row;
           if constexpr (L == Layout::sparse) {
-            row = expand(words + 16 * r, values, zero);
+            row = expand_int4(words + 16 * r, values, zero);
           } else {
             row = split(_mm512_loadu_si512(values));
             values += kRow;

@@ -165,7 +165,7 @@ namespace avx512_bf16 {
 TCE_OPTIONAL Variant bf16();
 }
 namespace amx {
-TCE_OPTIONAL Variant bf16(), int8();
+TCE_OPTIONAL Variant bf16(), int8(), int4();
 }
 
 }  // namespace tce::sparse_linear

@@ -23,6 +23,23 @@ static __m512i expand_bf16(const uint8_t* words, const uint8_t*& values) {
   return row;
 }
 
+// The codes in the lower halves of bytes, and those in the upper halves times 16.
+struct Halves {
+  __m512i low, high;
+};
+
+static Halves split(__m512i bytes) {
+  return {_mm512_and_si512(bytes, _mm512_set1_epi8(0x0f)), _mm512_and_si512(bytes, _mm512_set1_epi8(static_cast<char>(0xf0)))};
+}
+
+// The same of int4 codes; `zero` is what stands where there is no bit.
+static Halves expand_int4(const uint8_t* words, const uint8_t*& values, const Halves& zero) {
+  const auto low = load<uint64_t>(words), high = load<uint64_t>(words + 8);
+  const Halves packed = split(_mm512_loadu_si512(values));
+  values += std::max(std::popcount(low), std::popcount(high));
+  return {_mm512_mask_expand_epi8(fresh(zero.low), low, packed.low), _mm512_mask_expand_epi8(fresh(zero.high), high, packed.high)};
+}
+
 // The same of int8 codes, of which 128 is zero.
 static __m512i expand_int8(const uint8_t* words, const uint8_t*& values) {
   const auto mask = load<uint64_t>(words);

@@ -28,8 +28,12 @@ inline const Kernel<Variant> kInt8{"int8",
                                     {Isa::avx512_vnni, avx512_vnni::int8},
                                     {Isa::amx, amx::int8, kTileLeastRows}}};
 
-inline const Kernel<Variant> kInt4{
-    "int4", {{Isa::scalar, scalar::int4}, {Isa::avx2, avx2::int4}, {Isa::avx512, avx512::int4}, {Isa::avx512_vnni, avx512_vnni::int4}}};
+inline const Kernel<Variant> kInt4{"int4",
+                                   {{Isa::scalar, scalar::int4},
+                                    {Isa::avx2, avx2::int4},
+                                    {Isa::avx512, avx512::int4},
+                                    {Isa::avx512_vnni, avx512_vnni::int4},
+                                    {Isa::amx, amx::int4, kTileLeastRows}}};
 
 inline const Variant& variant(DType dtype, int64_t rows) {
   const Kernel<Variant>* kernels[] = {&kFp32, &kBf16, &kInt8, &kInt4};

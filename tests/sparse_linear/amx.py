@@ -10,17 +10,18 @@ import torch_cpu_ext as tce
 from torch_cpu_ext.sparse_linear import linear, pack
 
 from amx_emulator.emulator import Emulator
-from cases import FLOATS, LAYOUTS, product, random_weight
+from cases import FLOATS, GRIDS, LAYOUTS, PATTERNS, patterned_weight, product, random_weight
 from support import TESTS, Fence, difference
 
 emulator = Emulator().install()
 generator = torch.Generator().manual_seed(0)
-DTYPES = ("bf16", "int8")
-PRODUCT = {"bf16": "tdpbf16ps", "int8": "tdpbsud"}
+DTYPES = ("bf16", "int8", "int4")
+PRODUCT = {"bf16": "tdpbf16ps", "int8": "tdpbsud", "int4": "tdpbsud"}
+KINDS = [(dtype, layout) for dtype in DTYPES for layout in (*LAYOUTS, "structured")][:-1]  # int4 has no structured layout
 
 
 def least_products(dtype: str, rows: int, outputs: int, inputs: int, group: int) -> int:
-    """Products of full tiles that the arithmetic needs: 16 rows, 16 outputs, and 32 inputs of bf16 or one group of int8."""
+    """Products of full tiles that the arithmetic needs: 16 rows, 16 outputs, and 32 inputs of bf16 or one group of int8 or int4."""
     return -(-rows // 16) * -(-outputs // 16) * -(-inputs // (group if dtype == "int8" else 32))
 
 
@@ -54,11 +55,19 @@ def instructions() -> None:
         (1040, 33, 64),
     ]  # two threads, several blocks, tiles of 512 rows
     used = set()
-    for (m, n, k), dtype, layout in itertools.product(shapes, DTYPES, LAYOUTS):
+    grids, patterns = itertools.cycle(GRIDS), itertools.cycle(PATTERNS)
+    for (m, n, k), (dtype, layout) in itertools.product(shapes, KINDS):
         weight, group, kind, bias = random_weight(n, k, next(sparsities), generator), next(groups), next(kinds), next(biases)
+        options = {"layout": layout}
+        if dtype == "int4":
+            group, options = 32, options | next(grids)
+        elif layout == "structured":
+            options = {"layout": "auto", "pattern": next(patterns)}
+            weight = patterned_weight(n, k, options["pattern"], generator)
+            k = weight.shape[1]
         x, b = torch.randn(m, k, generator=generator).to(kind), None if bias is None else torch.randn(n, generator=generator)
-        packed = pack(weight, dtype=dtype, layout=layout)
-        exact, bound = product(x, weight, dtype, b, group)
+        packed = pack(weight, dtype=dtype, **options)
+        exact, bound = product(x, weight, dtype, b, group, **options)
         results = []
         for threads in (1, 2):
             torch.set_num_threads(threads)
@@ -70,6 +79,9 @@ def instructions() -> None:
         assert results[0].equal(results[1]), f"{name}: 2 threads give other bits than 1"
         problem = difference(results[0], exact, bound)
         assert not problem, f"{name}: {problem}"
+        if dtype == "int4" and m > 4:  # the same operations in the same order
+            with tce.isa("avx512_vnni"):
+                assert linear(x, packed, b, n).equal(results[0]), f"{name}: VNNI gives other bits"
     assert used == {0, 1, 2}, "no product used two threads"
 
 
@@ -77,11 +89,17 @@ def fences() -> None:
     """Arguments between pages that must not be touched; the emulator reads and writes just what the instructions would."""
     places = [Fence(1 << 18) for _ in range(3)]
     rows, groups, kinds = itertools.cycle((5, 16, 17, 33)), itertools.cycle((32, 64, 64)), itertools.cycle(FLOATS.values())
-    for dtype, layout, n, k in itertools.product(DTYPES, LAYOUTS, (1, 16, 17, 33), (1, 31, 33, 63, 64, 65, 128, 257)):
+    grids = itertools.cycle(GRIDS)
+    for (dtype, layout), n, k in itertools.product(KINDS, (1, 16, 17, 33), (1, 31, 33, 63, 64, 65, 128, 257)):
         for sparsity in (0.0, 0.5, 1.0):
             weight, group = random_weight(n, k, sparsity, generator), next(groups)
-            x, bias = torch.randn(next(rows), k, generator=generator).to(next(kinds)), torch.randn(n, generator=generator)
-            plain = pack(weight, dtype=dtype, layout=layout)
+            options = {"layout": layout}
+            if dtype == "int4":
+                group, options = 32, options | next(grids)
+            elif layout == "structured":
+                weight, options = patterned_weight(n, k, "2:4", generator, sparsity), {"pattern": "2:4"}
+            x, bias = torch.randn(next(rows), weight.shape[1], generator=generator).to(next(kinds)), torch.randn(n, generator=generator)
+            plain = pack(weight, dtype=dtype, **options)
             expected = linear(x, plain, bias, n, activation_group=group)
             for at_end in (True, False):
                 fenced = [fence.place(tensor, at_end) for fence, tensor in zip(places, (x, plain, bias), strict=True)]
@@ -101,7 +119,7 @@ def damage() -> None:
         if dtype not in PRODUCT:
             continue
         first = int.from_bytes(data[64:72], "little")
-        for i in range(120 if layout == "sparse" else 20):
+        for i in range(20 if layout == "dense" else 120):
             damaged = bytearray(data)
             for _ in range(1 if i % 2 else 1 + draw(60)):
                 damaged[first + draw(len(data) - first)] = draw(256) if i % 3 else 255
@@ -115,12 +133,12 @@ def damage() -> None:
             feed(data[:first] + bytes([value]) * (len(data) - first), batches=(3,), isas=("amx",))
     assert module["counts"]["refused"] > 100
     assert module["counts"]["answered"] > 100
-    assert sum(emulator.counts()[op] for op in PRODUCT.values()) > 1000
+    assert sum(emulator.counts()[op] for op in set(PRODUCT.values())) > 1000
 
 
 def names() -> None:
     """The kernels that run, and the cap."""
-    assert tce.kernel_isa("sparse_linear", "bf16") == tce.kernel_isa("sparse_linear", "int8") == "amx"
+    assert {tce.kernel_isa("sparse_linear", dtype) for dtype in DTYPES} == {"amx"}
     assert tce.kernel_isa("sparse_linear", "fp32") == "avx512"
     packed, x = pack(torch.randn(16, 64), dtype="int8"), torch.randn(5, 64)
     with tce.isa("avx512_bf16"):

@@ -12,14 +12,14 @@ from torch_cpu_ext.core.isa import supported
 from torch_cpu_ext.core.registry import CATALOGUE
 from torch_cpu_ext.sparse_linear import check, linear, pack, unpack
 
-from cases import GRIDS, LAYOUTS, random_weight
+from cases import GRIDS, LAYOUTS, patterned_weight, random_weight
 from support import Fence
 
-OUTPUTS, INPUTS, ISAS = 35, 77, supported()
+OUTPUTS, INPUTS, REGULAR, ISAS = 35, 77, 72, supported()  # REGULAR: inputs of structured arrays
 assert tce.load("sparse_linear")
 fence = Fence(1 << 16)
 generator = torch.Generator().manual_seed(0)
-inputs = [torch.randn(m, INPUTS, generator=generator) for m in (1, 3, 4, 6)]
+inputs = {k: [torch.randn(m, k, generator=generator) for m in (1, 3, 4, 6)] for k in (INPUTS, REGULAR)}
 kinds = [*((dtype, {}) for dtype in ("fp32", "bf16", "int8")), ("int4", GRIDS[0]), ("int4", GRIDS[5])]
 arrays = {
     (dtype, str(grid), layout, sparsity): bytes(
@@ -27,6 +27,9 @@ arrays = {
     )
     for (dtype, grid), layout, sparsity in itertools.product(kinds, LAYOUTS, (0.0, 0.5, 1.0))
 }
+for dtype, pattern in (("fp32", "2:4"), ("bf16", "2:4"), ("bf16", "1:4"), ("int8", "2:4"), ("int8", "4:8")):
+    weight = patterned_weight(OUTPUTS, REGULAR, pattern, generator)
+    arrays[dtype, pattern, "structured", 0.5] = bytes(pack(weight, dtype=dtype, pattern=pattern).tolist())
 counts = {"refused": 0, "answered": 0}
 
 
@@ -46,17 +49,18 @@ def attempt(function, *args):
 def feed(data: bytes, batches=(0, 2), isas=ISAS, reference: bool = False) -> None:
     """All ops on one damaged array."""
     packed = fence.place(torch.frombuffer(bytearray(data), dtype=torch.uint8)) if data else torch.empty(0, dtype=torch.uint8)
+    columns = REGULAR if data[16:17] == bytes([2]) else INPUTS
     intact = attempt(check, packed)
-    unpacked = attempt(unpack, packed, OUTPUTS, INPUTS)
-    assert unpacked or not intact or struct.unpack_from("<qq", data, 24) != (OUTPUTS, INPUTS), "check passes what unpack refuses"
+    unpacked = attempt(unpack, packed, OUTPUTS, columns)
+    assert unpacked or not intact or struct.unpack_from("<qq", data, 24) != (OUTPUTS, columns), "check passes what unpack refuses"
     for name in isas:
         with tce.isa(name):
             for i in batches:
-                answered = attempt(linear, inputs[i], packed, None, OUTPUTS)
+                answered = attempt(linear, inputs[columns][i], packed, None, OUTPUTS)
                 assert answered or not unpacked, "linear refuses what unpack takes"
     if reference:
         attempt(CATALOGUE["sparse_linear_check"].reference, packed)
-        attempt(CATALOGUE["sparse_linear"].reference, inputs[0], packed, None, OUTPUTS)
+        attempt(CATALOGUE["sparse_linear"].reference, inputs[columns][0], packed, None, OUTPUTS)
 
 
 def truncations() -> None:

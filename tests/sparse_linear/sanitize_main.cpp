@@ -99,6 +99,7 @@ std::vector<Named> variants() {
   add("avx512_bf16", DType::bf16, avx512_bf16::bf16);
   add("amx", DType::bf16, amx::bf16);
   add("amx", DType::int8, amx::int8);
+  add("amx", DType::int4, amx::int4);
   return all;
 }
 
