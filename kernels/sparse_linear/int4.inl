@@ -138,7 +138,7 @@ static bool stream_units(const Product& p, int64_t panel, int64_t row_begin) {
 template <typename T>
 static bool run_int4(const Product& p, int64_t panel_begin, int64_t panel_end, int64_t row_begin, int64_t row_end) {
   const int64_t m = row_end - row_begin;
-  const bool stream = T::kStreamRows > 0 && streams(p.weight, m, p.stream_rows);
+  const bool stream = T::kStreamRows > 0 && streams(p.weight, p.m, p.stream_rows);
   const std::unique_ptr<float[]> sums(stream ? nullptr : new float[m * kPanel]);
   for (int64_t panel = panel_begin; panel < panel_end; ++panel) {
     if (!stream) {

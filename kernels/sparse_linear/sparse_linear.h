@@ -130,7 +130,7 @@ constexpr int64_t kStreamRows = 4;
 // which expand pieces of a panel first. The built-in numbers were measured on Zen 4 (docs/techniques/sparse_linear.md); `tune` measures.
 inline bool streams(const Packed& weight, int64_t rows, int64_t stream_rows) {
   if (stream_rows == 0) {
-    const bool sparse = weight.layout == Layout::sparse;
+    const bool sparse = weight.layout != Layout::dense;
     stream_rows = weight.dtype == DType::int4 ? 16 : weight.dtype == DType::int8 && sparse ? 8 : kStreamRows;
   }
   return rows <= stream_rows;

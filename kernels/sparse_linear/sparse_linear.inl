@@ -247,7 +247,7 @@ static bool run_stream(const Product& p, int64_t panel, int64_t row_begin) {
 template <typename T>
 static bool run(const Product& p, int64_t panel_begin, int64_t panel_end, int64_t row_begin, int64_t row_end) {
   const int64_t m = row_end - row_begin;
-  if (T::kStreamRows > 0 && streams(p.weight, m, p.stream_rows)) {
+  if (T::kStreamRows > 0 && streams(p.weight, p.m, p.stream_rows)) {
     for (int64_t panel = panel_begin; panel < panel_end; ++panel) {
       for (int64_t row = row_begin; row < row_end; row += kStreamRows) {  // from the second pass on, the panel comes from a cache
         const int64_t count = row_end - row;
