@@ -1,17 +1,16 @@
-// What every binding.cpp shares. The only header that includes torch, and of torch only the stable ABI, which compiles in a second or two.
+// What every binding.cpp shares. The only header that includes torch, and of torch only the stable ABI, which compiles in a second.
 #pragma once
 
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
-#include <cstdlib>
-#include <memory>
 #include <optional>
 #include <string>
 
 #include "floats.h"
 #include "isa.h"
+#include "scratch.h"
 
 namespace tce {
 
@@ -39,18 +38,6 @@ inline ScalarType scalar_type(Float type) {
   return type == Float::fp32 ? ScalarType::Float : type == Float::bf16 ? ScalarType::BFloat16 : ScalarType::Half;
 }
 
-// Memory for the time of a call, aligned to cache lines; not initialised.
-class Scratch {
- public:
-  explicit Scratch(int64_t bytes) : data_(static_cast<uint8_t*>(std::aligned_alloc(64, (bytes + 64) / 64 * 64)), std::free) {
-    STD_TORCH_CHECK(data_ != nullptr, "out of memory: ", bytes, " bytes of scratch");
-  }
-  uint8_t* get() const { return data_.get(); }
-
- private:
-  std::unique_ptr<uint8_t, decltype(&std::free)> data_;
-};
-
 }  // namespace tce
 
 // The loader's hooks: the cap on instruction sets, and which one a kernel would use now (-1: no such kernel). `emulated`: a test stands in
@@ -58,7 +45,7 @@ class Scratch {
 extern "C" {
 __attribute__((visibility("default"), used)) inline void tce_set_isa(int isa, int emulated) {
   constexpr int amx = static_cast<int>(tce::Isa::amx);
-  tce::isa_cap.store(isa == amx && !emulated && !tce::amx_works() ? amx - 1 : isa, std::memory_order_relaxed);
+  tce::set_isa_cap(isa == amx && !emulated && !tce::amx_works() ? amx - 1 : isa);
 }
 __attribute__((visibility("default"), used)) inline int tce_kernel_isa(const char* name) {
   const tce::KernelName* kernel = tce::KernelName::find(name);

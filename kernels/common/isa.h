@@ -1,7 +1,6 @@
 // Choice of a kernel's variant at run time.
 #pragma once
 
-#include <atomic>
 #include <cstdint>
 #include <cstring>
 #include <initializer_list>
@@ -59,7 +58,10 @@ inline bool prefetch_pays() {
 }
 
 // The highest instruction set in use. The loader sets it from what the machine has and from the user's cap, before the first call.
-inline std::atomic<int> isa_cap{0};
+// Only these two touch it. Not a std::atomic, whose header takes a quarter of a second to compile, in every file.
+inline int isa_cap = 0;
+inline void set_isa_cap(int isa) { __atomic_store_n(&isa_cap, isa, __ATOMIC_RELAXED); }
+inline int get_isa_cap() { return __atomic_load_n(&isa_cap, __ATOMIC_RELAXED); }
 
 // A named kernel of a technique: knows its variants, hands out the best one under the cap, and says which that is.
 class KernelName {
@@ -105,7 +107,7 @@ class Kernel final : public KernelName {
   };
 
   const Made& best(int64_t size) const {
-    const int cap = isa_cap.load(std::memory_order_relaxed);
+    const int cap = get_isa_cap();
     int i = count_ - 1;
     while (i > 0 && (static_cast<int>(choices_[i].isa) > cap || choices_[i].least > size)) --i;
     return choices_[i];

@@ -3,7 +3,6 @@
 #include <array>
 #include <bit>
 #include <cmath>
-#include <memory>
 
 #include <immintrin.h>
 
@@ -313,8 +312,8 @@ static bool run_tiles(const Product& p, int64_t panel_begin, int64_t panel_end, 
   const int64_t tile_rows = T::tile_rows(p), tile_inputs = tile_rows * 4 / sizeof(typename T::X);
   Job job{p, row_begin, row_end, x_rows, tile_rows, tile_inputs, nullptr, nullptr, nullptr};
   const int64_t slots = kBlockTiles * 2 * kTileBytes, integers = 2 * 4 * kSums * 4, sums = job.row_tiles() * 2 * kSums * 4;
-  const std::unique_ptr<uint8_t[]> scratch(new uint8_t[slots + integers + sums + 64]);
-  job.slots = scratch.get() + (-reinterpret_cast<uintptr_t>(scratch.get()) & 63);
+  const Scratch scratch(slots + integers + sums);
+  job.slots = scratch.get();
   job.integers = reinterpret_cast<int32_t*>(job.slots + slots);
   job.sums = reinterpret_cast<float*>(job.slots + slots + integers);
   configure(job.x_rows, job.tile_rows);

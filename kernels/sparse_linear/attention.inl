@@ -176,8 +176,8 @@ static bool attend_split(const PageAttention& a, int64_t head, int64_t split) {
 
   const int64_t seen_bytes = round_up(a.rows * 2 * sizeof(int64_t), 64), q_bytes = round_up(a.rows * d * sizeof(X), 64);
   const int64_t s_bytes = a.rows * kSplitTokens * 4, w_bytes = sizeof(X) == 4 ? 0 : a.rows * kSplitTokens * sizeof(X);
-  const std::unique_ptr<uint8_t[]> scratch(new uint8_t[Reader<T>::buffer_bytes(d) + seen_bytes + q_bytes + s_bytes + w_bytes + 64]);
-  uint8_t* buffer = scratch.get() + (-reinterpret_cast<uintptr_t>(scratch.get()) & 63);
+  const Scratch scratch(Reader<T>::buffer_bytes(d) + seen_bytes + q_bytes + s_bytes + w_bytes);
+  uint8_t* buffer = scratch.get();
   int64_t* first = reinterpret_cast<int64_t*>(buffer + Reader<T>::buffer_bytes(d));
   int64_t* last = first + a.rows;
   X* q = reinterpret_cast<X*>(reinterpret_cast<uint8_t*>(first) + seen_bytes);
@@ -197,10 +197,11 @@ static bool attend_split(const PageAttention& a, int64_t head, int64_t split) {
 template <typename T>
 static void join_splits(const PageAttention& a, int64_t head) {
   const int64_t d = a.head_dim;
-  const std::unique_ptr<float[]> joined(new float[d]);
+  const Scratch scratch(d * 4);
+  float* joined = scratch.floats();
   for (int64_t r = 0; r < a.rows; ++r) {
     const int64_t at = head * a.splits * a.rows + r;
-    a.lse[head * a.rows + r] = join_stretches(a.sums + at * d, a.largest + at, a.total + at, a.splits, a.rows, d, joined.get());
+    a.lse[head * a.rows + r] = join_stretches(a.sums + at * d, a.largest + at, a.total + at, a.splits, a.rows, d, joined);
     for (int64_t j = 0; j < d; ++j) store_float(a.out, a.q_type, (head * a.rows + r) * d + j, joined[j]);
   }
 }

@@ -139,10 +139,10 @@ template <typename T>
 static bool run_int4(const Product& p, int64_t panel_begin, int64_t panel_end, int64_t row_begin, int64_t row_end) {
   const int64_t m = row_end - row_begin;
   const bool stream = T::kStreamRows > 0 && streams(p.weight, p.m, p.stream_rows);
-  const std::unique_ptr<float[]> sums(stream ? nullptr : new float[m * kPanel]);
+  const Scratch sums(stream ? 0 : m * kPanel * 4);
   for (int64_t panel = panel_begin; panel < panel_end; ++panel) {
     if (!stream) {
-      if (!run_units<T>(p, panel, row_begin, row_end, sums.get())) return false;
+      if (!run_units<T>(p, panel, row_begin, row_end, sums.floats())) return false;
       continue;
     }
     for (int64_t row = row_begin; row < row_end; row += kStreamRows) {

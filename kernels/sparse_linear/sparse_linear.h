@@ -7,6 +7,7 @@
 
 #include "../common/floats.h"
 #include "../common/isa.h"
+#include "../common/scratch.h"
 
 namespace tce::sparse_linear {
 

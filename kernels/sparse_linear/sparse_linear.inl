@@ -262,8 +262,8 @@ static bool run(const Product& p, int64_t panel_begin, int64_t panel_end, int64_
   }
   constexpr int64_t P = T::kPanelBlock, expanded_bytes = P * kBlock / kGroup<T> * kRow;
   const int64_t sums_bytes = round_up(m * P * kPanel * 4, 64);
-  const std::unique_ptr<uint8_t[]> scratch(new uint8_t[expanded_bytes + sums_bytes + 64]);
-  uint8_t* expanded = scratch.get() + (-reinterpret_cast<uintptr_t>(scratch.get()) & 63);
+  const Scratch scratch(expanded_bytes + sums_bytes);
+  uint8_t* expanded = scratch.get();
   float* sums = reinterpret_cast<float*>(expanded + expanded_bytes);
   for (int64_t panel = panel_begin; panel < panel_end; panel += P) {
     const bool intact = P == 2 && panel + 1 < panel_end ? run_block<T, P>(p, panel, row_begin, row_end, sums, expanded)

@@ -118,6 +118,16 @@ def test_builds_once_and_keeps_only_the_library(toy_here, tmp_path):
         toy_here.kernel_isa("other")
 
 
+def test_bindings_are_one_source(toy_here, tmp_path):
+    """Torch's headers are read once, whatever the number of bindings."""
+    folder = jit.SOURCES / "toy"
+    (folder / "format.cpp").write_text("int tce_format() { return 1; }\n")
+    (folder / "binding_more.cpp").write_text('extern "C" __attribute__((visibility("default"))) int tce_more() { return tce_cap; }\n')
+    assert [file.name for file in jit._sources("toy", tmp_path)] == ["bindings.cpp", "format.cpp"]
+    assert toy_here.load()
+    assert toy_here._handle.tce_more() == isa.level(isa.current())
+
+
 def test_a_built_library_is_used(cache):
     """No compiler, no build machinery, no warning: just the file."""
     facts = json.loads(succeeded(run_python(CALL, TORCH_CPU_EXT_CACHE_DIR=str(cache), TORCH_CPU_EXT_STRICT="1")))

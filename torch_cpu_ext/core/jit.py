@@ -264,12 +264,11 @@ def _build(technique: str, target: Path) -> None:
         raise BuildError(f"building {technique} failed:\n{error}\n{_hint(str(error))}") from error
     name = f"torch_cpu_ext_{technique}_{work.name[-8:]}"
     try:
-        isas = [i for i in isa_files(technique) if _compiles(i)]
         flags = [*_FLAGS, f"-fmacro-prefix-map={SOURCES}=kernels", f"-I{SOURCES}"]
         with _build_environment():
             cpp_extension.load(
                 name=name,
-                sources=[str(f) for f in sorted((SOURCES / technique).glob("*.cpp")) if f.stem not in isa.ISAS or f.stem in isas],
+                sources=[str(f) for f in _sources(technique, work)],
                 extra_cflags=flags,
                 build_directory=str(work),
                 is_python_module=False,
@@ -287,6 +286,19 @@ def _build(technique: str, target: Path) -> None:
         raise BuildError("\n".join([f"building {technique} failed:", *lines[:30], _hint(str(error))])) from error
     finally:
         shutil.rmtree(work, ignore_errors=True)
+
+
+def _sources(technique: str, work: Path) -> list[Path]:
+    """What to compile, in the order in which compilers start: what takes long comes first, so that no core waits at the end.
+
+    The bindings become one source, written into ``work``: to read torch's headers takes longer than to compile one of them.
+    """
+    folder = SOURCES / technique
+    bindings = work / "bindings.cpp"
+    bindings.write_text("".join(f'#include "{file}"\n' for file in sorted(folder.glob("binding*.cpp"))))
+    kernels = [folder / f"{name}.cpp" for name in reversed(isa_files(technique)) if _compiles(name)]
+    others = [file for file in sorted(folder.glob("*.cpp")) if file.stem not in isa.ISAS and not file.stem.startswith("binding")]
+    return [bindings, *kernels, *others]
 
 
 @contextlib.contextmanager
@@ -311,7 +323,7 @@ def _compiles(name: str) -> bool:
     """Whether the compiler knows an instruction set; a file it does not know is left out of the build."""
     if name == "scalar":
         return True
-    program = f'#include <immintrin.h>\n#include "common/region_{name}.h"\nint f() {{ return 0; }}\n#include "common/region_end.h"\n'
+    program = f'#include "common/region_{name}.h"\nint f() {{ return 0; }}\n#include "common/region_end.h"\n'
     command = [*shlex.split(env.compiler()), "-std=c++20", "-fsyntax-only", "-Werror", f"-I{SOURCES}", "-x", "c++", "-"]
     done = subprocess.run(command, input=program, text=True, capture_output=True)
     if done.returncode:
