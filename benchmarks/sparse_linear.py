@@ -25,6 +25,7 @@ SPARSITIES = (0.0, 0.3, 0.5, 0.7, 0.9)
 PEER_ROWS = (1, 8, 16, 512)  # where the peers other than F.linear are measured too
 VARIANTS = {name: SparseLinearConfig(dtype=name) for name in ("bf16", "int8", "int4", "fp32")}
 BAR_ROWS = {1: 41, 8: 15, 16: 15, 64: 9, 512: 9}  # rows of input that the bars speak of, and how often they are measured
+FEW_ROWS = (1, 8, 16)  # of BAR_ROWS, where the peers with weights of 8 and 4 bits are measured
 COLD_BYTES = memory.cold_bytes()  # what rotated copies of a weight come to, so that each is out of the caches
 
 
@@ -45,11 +46,14 @@ class Layers:
         self.shape = shape
         weight = torch.randn(shape) / math.sqrt(shape[1])
         self.peers: dict[str, Product] = {}
+        self.peer_bytes: dict[str, float] = {}
         for name, peer in peers.items():
             if missing := peer.missing():
                 skip(name, missing)
             else:
-                self.peers[name] = peer.make(weight, COLD_BYTES)
+                size = peer.bytes_per_weight * weight.numel()
+                self.peer_bytes[name] = size
+                self.peers[name] = peer.make(weight, math.ceil(COLD_BYTES / size))
         self.packed: dict[tuple[str, float], list[Tensor]] = {}
         for sparsity in sparsities:
             pruned = weight * magnitude_mask(weight, sparsity)
@@ -97,6 +101,7 @@ def measure(layers: Layers, m: int, repeats: int) -> Iterator[Row]:
                 "gb_per_s": round(speed, 2),
                 "read_gb_per_s": round(read, 2),
                 "share_of_read": round(speed / read, 3),
+                "peer_gb_per_s": round(layers.peer_bytes[peer] / times[peer] / 1e9, 2),
             }
             yield row(f"M={m} {n}x{k} {name} sparsity {sparsity:g}", seconds, peer, times[peer], config)
 
@@ -138,20 +143,44 @@ def rows(quick: bool) -> Iterator[Row]:
         yield from measure(layers, m, 15 if m < 64 else 5)
 
 
-def bars() -> dict[str, float]:
+def peer_bars() -> dict[str, float | None]:
+    """Nothing pruned, against the other low-precision products; None where a peer is absent."""
+    layers = Layers(SHAPE, ("int8", "int4"), (0.0,), {name: OTHERS[name] for name in OTHERS if name != "compiled bf16"})
+    found = [r for m in FEW_ROWS for r in measure(layers, m, BAR_ROWS[m])]
+
+    def worst(name: str, peer: str, what: Callable[[Row], float]) -> float | None:
+        return min((what(r) for r in found if r["config"]["dtype"] == name and r["peer"] == peer), default=None)
+
+    def speed(r: Row) -> float:
+        return float(r["ratio"])
+
+    def bytes_per_s(r: Row) -> float:
+        return float(r["config"]["gb_per_s"] / r["config"]["peer_gb_per_s"])
+
+    return {
+        "1, 8 and 16 rows, int8, times torchao int8, the worst": worst("int8", "torchao int8", speed),
+        "1, 8 and 16 rows, int4, times torchao int4, the worst": worst("int4", "torchao int4", speed),
+        "1, 8 and 16 rows, int4, bytes a second, times those of llama.cpp Q4_0, the worst": worst("int4", "llama.cpp Q4_0", bytes_per_s),
+        "1, 8 and 16 rows, int4, bytes a second, times those of llama.cpp Q4_1, the worst": worst("int4", "llama.cpp Q4_1", bytes_per_s),
+    }
+
+
+def bars() -> dict[str, float | None]:
     """What bars.toml promises."""
     layers = Layers(SHAPE, ("bf16", "int8", "int4"), (0.5,))
     found = {m: {r["config"]["dtype"]: r for r in measure(layers, m, r) if r["peer"] == "F.linear bf16"} for m, r in BAR_ROWS.items()}
     one = found[1]
     read = {name: row["config"]["share_of_read"] for name, row in one.items()}
+    del layers
     return {
+        **peer_bars(),
         "one row, bf16 at 50 %, times F.linear bf16": one["bf16"]["ratio"],
         "one row, int8 at 50 %, times F.linear bf16": one["int8"]["ratio"],
         "one row, int4 at 50 %, times F.linear bf16": one["int4"]["ratio"],
         "one row, bf16 at 50 %, share of the plain read": read["bf16"],
         "one row, int8 at 50 %, share of the plain read": read["int8"],
         "one row, int4 at 50 %, share of the plain read": read["int4"],
-        "8 and 16 rows, int8 at 50 %, times F.linear bf16, the worse": min(found[m]["int8"]["ratio"] for m in (8, 16)),
+        "8 and 16 rows, int8 at 50 %, times F.linear bf16, the worse": min(found[m]["int8"]["ratio"] for m in FEW_ROWS[1:]),
         "64 and 512 rows at 50 %, bf16 and int8, times F.linear bf16, the worst": min(
             found[m][name]["ratio"] for m in (64, 512) for name in ("bf16", "int8")
         ),

@@ -72,16 +72,16 @@ class _Ggml:
 _ggml = functools.cache(_Ggml)
 
 
-def product(kind: str, weight: Tensor, cold_bytes: int) -> Callable[[Tensor], list[Callable[[], object]]]:
-    """The product with a weight as ``kind``, Q4_0, Q4_1 or Q8_0, in float32 outside, as llama.cpp has it.
+def product(kind: str, weight: Tensor, copies: int) -> Callable[[Tensor], list[Callable[[], object]]]:
+    """The product with a weight as ``kind``, Q4_0, Q4_1 or Q8_0, in float32 outside, as llama.cpp has it; a call for each copy of it.
 
-    Copies of the weight come to ``cold_bytes``. Q4_0 is repacked, which ggml does for no other of these on x86.
+    Q4_0 is repacked, which ggml does for no other of these on x86.
     """
     ggml, dtype = _ggml(), GGMLQuantizationType[kind]
     data = numpy.ascontiguousarray(quants.quantize(weight.float().numpy(), dtype))
     outputs, inputs = weight.shape
     context = ggml.context()
-    weights = [ggml.tensor(context, int(dtype), inputs, outputs) for _ in range(-(-cold_bytes // data.nbytes))]
+    weights = [ggml.tensor(context, int(dtype), inputs, outputs) for _ in range(copies)]
     ggml.allocate(context, ggml.repacked if kind == "Q4_0" else ggml.memory)
     for one in weights:
         ggml.write(one, data.ctypes.data, 0, data.nbytes)

@@ -1,7 +1,6 @@
 """One Linear layer by every peer, for `sparse_linear.py`."""
 
 import functools
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -16,9 +15,9 @@ Call = Callable[[], object]
 Product = Callable[[Tensor], list[Call]]  # from a float32 input, a call for each copy of the weight
 
 
-def dense(dtype: torch.dtype, weight: Tensor, cold_bytes: int) -> Product:
+def dense(dtype: torch.dtype, weight: Tensor, copies: int) -> Product:
     """`F.linear`."""
-    weights = [weight.to(dtype, copy=True) for _ in range(math.ceil(cold_bytes / (weight.numel() * dtype.itemsize)))]
+    weights = [weight.to(dtype, copy=True) for _ in range(copies)]
     return lambda x: [functools.partial(F.linear, x.to(dtype), one) for one in weights]
 
 
@@ -38,13 +37,13 @@ def _layer(weight: Tensor) -> nn.Linear:
     return layer
 
 
-def compiled(weight: Tensor, cold_bytes: int) -> Product:
+def compiled(weight: Tensor, copies: int) -> Product:
     """Inductor with freezing, which lays the weight out anew: with one row much faster than `F.linear`."""
-    return _compiled(lambda: _layer(weight), math.ceil(cold_bytes / (weight.numel() * 2)), {"freezing": True})
+    return _compiled(lambda: _layer(weight), copies, {"freezing": True})
 
 
-def torchao(kind: str, weight: Tensor, cold_bytes: int) -> Product:
-    """Weight-only int8, or int4 in groups of 32, by Inductor."""
+def torchao(kind: str, weight: Tensor, copies: int) -> Product:
+    """Weight-only int8, or int4 in groups of 32, by Inductor; freezing and max-autotune change nothing."""
     from torchao.quantization import quantize_
 
     from .torch_models import torchao_config
@@ -54,21 +53,22 @@ def torchao(kind: str, weight: Tensor, cold_bytes: int) -> Product:
         quantize_(layer, torchao_config(kind))
         return layer
 
-    return _compiled(make, math.ceil(cold_bytes / (weight.numel() * (1 if kind == "int8" else 0.625))), {})
+    return _compiled(make, copies, {})
 
 
-def ggml(kind: str, weight: Tensor, cold_bytes: int) -> Product:
+def ggml(kind: str, weight: Tensor, copies: int) -> Product:
     """llama.cpp's own product."""
     from .ggml import product
 
-    return product(kind, weight, cold_bytes)
+    return product(kind, weight, copies)
 
 
 @dataclass(frozen=True)
 class Layer:
-    """How to make a `Product`, and what must be installed for it."""
+    """How to make a `Product` of a weight with a number of copies, what a weight takes, and what must be installed for it."""
 
     make: Callable[[Tensor, int], Product]
+    bytes_per_weight: float
     packages: tuple[str, ...] = ()
 
     def missing(self) -> str:
@@ -76,12 +76,15 @@ class Layer:
         return absent(self.packages, BENCH)
 
 
-PLAIN = {"F.linear fp32": Layer(functools.partial(dense, torch.float32)), "F.linear bf16": Layer(functools.partial(dense, torch.bfloat16))}
+PLAIN = {
+    "F.linear fp32": Layer(functools.partial(dense, torch.float32), 4),
+    "F.linear bf16": Layer(functools.partial(dense, torch.bfloat16), 2),
+}
 OTHERS = {
-    "compiled bf16": Layer(compiled),
-    "torchao int8": Layer(functools.partial(torchao, "int8"), ("torchao",)),
-    "torchao int4": Layer(functools.partial(torchao, "int4"), ("torchao",)),
-    "llama.cpp Q4_0": Layer(functools.partial(ggml, "Q4_0"), ("llama_cpp", "gguf")),
-    "llama.cpp Q4_1": Layer(functools.partial(ggml, "Q4_1"), ("llama_cpp", "gguf")),
-    "llama.cpp Q8_0": Layer(functools.partial(ggml, "Q8_0"), ("llama_cpp", "gguf")),
+    "compiled bf16": Layer(compiled, 2),
+    "torchao int8": Layer(functools.partial(torchao, "int8"), 1, ("torchao",)),
+    "torchao int4": Layer(functools.partial(torchao, "int4"), 20 / 32, ("torchao",)),  # with scale and zero in bf16
+    "llama.cpp Q4_0": Layer(functools.partial(ggml, "Q4_0"), 18 / 32, ("llama_cpp", "gguf")),
+    "llama.cpp Q4_1": Layer(functools.partial(ggml, "Q4_1"), 20 / 32, ("llama_cpp", "gguf")),
+    "llama.cpp Q8_0": Layer(functools.partial(ggml, "Q8_0"), 34 / 32, ("llama_cpp", "gguf")),
 }
