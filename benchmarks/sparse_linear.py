@@ -123,6 +123,21 @@ def pages() -> Row:
     return row("plain read, huge pages", times["huge"], "small pages", times["small"], speeds)
 
 
+def structured() -> Iterator[Row]:
+    """One row of input times weights with a 2:4 pattern, in the layout for it against the sparse one: the same bytes."""
+    weight = torch.randn(SHAPE) / math.sqrt(SHAPE[1])
+    weight *= magnitude_mask(weight, 0.5, pattern="2:4")
+    x = torch.randn(1, SHAPE[1]).bfloat16()
+    for dtype in ("bf16", "int8"):
+        ours, theirs = (
+            rotate([lambda p=p: linear(x, p, None, SHAPE[0]) for p in copies(pack(weight, dtype=dtype, **options))])
+            for options in ({"pattern": "2:4"}, {"layout": "sparse"})
+        )
+        times = interleave({"ours": ours, "peer": theirs}, 31)
+        config = {"dtype": dtype, "pattern": "2:4", "m": 1, "n": SHAPE[0], "k": SHAPE[1]}
+        yield row(f"M=1 {SHAPE[0]}x{SHAPE[1]} {dtype} 2:4", times["ours"], "sparse layout", times["peer"], config)
+
+
 def rows(quick: bool) -> Iterator[Row]:
     """All results, or a few of them."""
     yield overhead()
@@ -132,6 +147,7 @@ def rows(quick: bool) -> Iterator[Row]:
         for m in (1, 8, 64):
             yield from measure(layers, m, 7)
         return
+    yield from structured()
     for shape in SMALL_SHAPES:
         yield from measure(Layers(shape, VARIANTS, (0.0, 0.5)), 1, 21)
     layers = Layers(SHAPE, VARIANTS, SPARSITIES)
