@@ -233,7 +233,23 @@ std::vector<Scheme> schemes(DType dtype) {
       for (bool symmetric : {false, true})
         if (dtype == DType::int4) all.push_back({dtype, layout, group, symmetric});
   }
+  const Pattern others[] = {{4, 8}, {1, 4}, {3, 4}, {1, 2}, {7, 16}, {63, 64}};
+  for (const Pattern& pattern : {Pattern{2, 4}, others[draw(6)]})
+    if (dtype != DType::int4) all.push_back({dtype, Layout::structured, 0, false, pattern});
   return all;
+}
+
+// A weight of which a pattern holds every value that is not zero.
+std::unique_ptr<Exact> patterned(int64_t outputs, int64_t inputs, const Pattern& pattern, double density) {
+  auto weight = std::make_unique<Exact>(outputs * inputs * 4, draw(4));
+  std::memset(weight->get(), 0, outputs * inputs * 4);
+  for (int64_t group = 0; group < outputs * inputs / pattern.m; ++group) {
+    for (int64_t i = 0; i < pattern.n; ++i) {
+      const float value = std::uniform_real_distribution<>()(random_bits) < density ? normal() : -0.0f;
+      std::memcpy(weight->get() + 4 * (group * pattern.m + draw(pattern.m)), &value, 4);
+    }
+  }
+  return weight;
 }
 
 // Grids as `pack` may be given them, at any address: of either sign, zeros of both, too small or too coarse for the weights.
@@ -339,7 +355,13 @@ int main() {
           }
           for (const Scheme& scheme : schemes(dtype)) {
             Dense dense{weight.get(), Float::fp32, outputs, inputs};
-            const Grids grids(scheme, outputs, inputs);
+            std::unique_ptr<Exact> own;
+            if (scheme.layout == Layout::structured) {
+              dense.inputs = round_up(inputs, scheme.pattern.m);
+              own = patterned(outputs, dense.inputs, scheme.pattern, density);
+              dense.data = own->get();
+            }
+            const Grids grids(scheme, outputs, dense.inputs);
             if (draw(3) == 0) grids.give(scheme, dense);
             const std::vector<uint8_t> array = pack(dense, scheme);
             for (const Named& kernel : kernels) {
@@ -363,6 +385,7 @@ int main() {
         if (limit < INFINITY && !(std::fabs(load_float(weight->get(), Float::fp32, i)) <= limit))
           store_float(weight->get(), Float::fp32, i, i % 2 ? 1e-40f : 6e4f);
       for (const Scheme& scheme : schemes(kernel.dtype)) {
+        if (scheme.layout == Layout::structured) continue;  // these weights have no pattern
         const std::vector<uint8_t> array = pack({weight->get(), Float::fp32, 6, 70}, scheme);
         Packed w;
         if (open(array.data(), array.size(), w)) fail("an intact array is refused");

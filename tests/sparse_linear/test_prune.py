@@ -528,8 +528,10 @@ def test_optimize_knows_patterns(pattern):
     n, m = map(int, pattern.split(":"))
     layer = tce.optimize(nn.Linear(64, 16), tce.SparseLinearConfig(dtype="fp32", sparsity=1 - n / m, pattern=pattern))
     assert (layer.weight.view(16, -1, m).count_nonzero(2) == n).all()
-    for sparsity in (None, 0.3):
-        with pytest.raises(ValueError, match=f"SparseLinearConfig: sparsity must be .* for the pattern {pattern}"):
+    assert layer.layout == "structured"
+    assert layer.pattern == pattern
+    for sparsity in (0.3, 0.9):
+        with pytest.raises(ValueError, match=f"SparseLinearConfig: sparsity must be .* or None for the pattern {pattern}"):
             tce.SparseLinearConfig(sparsity=sparsity, pattern=pattern)
     with pytest.raises(ValueError, match="SparseLinearConfig: pattern must be unstructured or n:m"):
         tce.SparseLinearConfig(sparsity=0.5, pattern="4:2")

@@ -50,7 +50,7 @@ class SparseLinear(Replacement):
 
     technique = "sparse_linear"
     packed: Tensor
-    __jit_unused_properties__ = ["weight", "layout", "sparsity"]
+    __jit_unused_properties__ = ["weight", "layout", "pattern", "sparsity"]
 
     def __init__(
         self,
@@ -195,6 +195,13 @@ class SparseLinear(Replacement):
         return ops.LAYOUT_NAMES[int(self.packed[16])] if self._has_weights() else "empty"
 
     @property
+    def pattern(self) -> str:
+        """``"n:m"`` of a structured weight, which a dense one that is loaded keeps if it can; else ``"unstructured"``."""
+        if self.layout != "structured":
+            return "unstructured"
+        return f"{int(self.packed[20:24].clone().view(torch.int32))}:{int(self.packed[56:64].clone().view(torch.int64))}"
+
+    @property
     def sparsity(self) -> float:
         """Share of weights that are zero once rounded to the dtype."""
         if not self._has_weights():
@@ -268,7 +275,8 @@ class SparseLinear(Replacement):
                 errors.append(f"{prefix}weight must be {(self.out_features, self.in_features)}, got {tuple(weight.shape)}")
                 return
             try:
-                packed = ops.pack(weight, dtype=self.dtype, group_size=self.group_size, symmetric=self.symmetric)
+                pattern = self.pattern if has_pattern(weight, self.pattern) else "unstructured"
+                packed = ops.pack(weight, dtype=self.dtype, group_size=self.group_size, symmetric=self.symmetric, pattern=pattern)
                 state_dict[prefix + "packed"] = packed
             except RuntimeError as error:
                 errors.append(f"{prefix}weight: {error}")
