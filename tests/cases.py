@@ -801,14 +801,17 @@ _PACK = Case(
             for pattern in ("", "2:3", "4:4", "0:4", "2:4 ", "02:4", "2:128", "-1:4", "2:4:8")
         ),
         Bad("sparse_linear_pack: layout must be auto with a pattern, got sparse", replaced(pattern="2:4", layout="sparse")),
-        Bad("sparse_linear_pack: pattern must be unstructured for int4 weights, got 2:4", replaced(pattern="2:4", dtype="int4", layout="auto")),
+        Bad(
+            "sparse_linear_pack: pattern must be unstructured for int4 weights, got 2:4",
+            replaced(pattern="2:4", dtype="int4", layout="auto"),
+        ),
         Bad(
             "sparse_linear_pack: weight must have a multiple of 4 inputs for the pattern 2:4, got 33",
             replaced(pattern="2:4", dtype="bf16", layout="auto"),
         ),
         Bad(
             "sparse_linear_pack: weight must have at most 2 nonzeros among every 4 inputs for the pattern 2:4, got more in output 16",
-            replaced(pattern="2:4", dtype="bf16", layout="auto", weight=lambda w: torch.zeros(17, 32).index_fill_(0, torch.tensor([16]), 1.0)),
+            replaced(pattern="2:4", dtype="bf16", layout="auto", weight=lambda w: torch.eye(17)[:, 16:].repeat(1, 32)),
             traced=False,
         ),
         *(

@@ -1,8 +1,8 @@
 // Opens a region whose functions may use what torch_cpu_ext/core/isa.py calls "avx512_bf16". Comes after all includes, outside namespaces.
 #if defined(__clang__)
-#pragma clang attribute push(                                                                                                      \
-    __attribute__((                                                                                                                \
-        target("avx2,fma,f16c,bmi,bmi2,popcnt,avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,avx512vbmi,avx512vbmi2,avx512vpopcntdq,avx512bf16"))), \
+#pragma clang attribute push(                                                                                                               \
+    __attribute__((target(                                                                                                                  \
+        "avx2,fma,f16c,bmi,bmi2,popcnt,avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,avx512vbmi,avx512vbmi2,avx512vpopcntdq,avx512bf16"))), \
     apply_to = function)
 #else
 #pragma GCC push_options

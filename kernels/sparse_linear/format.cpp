@@ -82,8 +82,8 @@ bool fits(const Pattern& pattern, int64_t inputs) {
 
 Header header_of(const Scheme& scheme, int64_t outputs, int64_t inputs, int64_t bytes, int64_t nonzeros) {
   const bool structured = scheme.layout == Layout::structured;
-  return {kMagic,   kVersion, scheme.dtype, scheme.layout, static_cast<uint32_t>(structured ? scheme.pattern.n : scheme.group_size), outputs,
-          inputs,   bytes,    nonzeros,     structured ? scheme.pattern.m : scheme.symmetric};
+  return {kMagic,  kVersion, scheme.dtype, scheme.layout, static_cast<uint32_t>(structured ? scheme.pattern.n : scheme.group_size),
+          outputs, inputs,   bytes,        nonzeros,      structured ? scheme.pattern.m : scheme.symmetric};
 }
 
 const char* open(const uint8_t* data, int64_t bytes, Packed& out) {
@@ -168,9 +168,8 @@ void write_panel(const Dense& weight, const Scheme& scheme, int64_t panel, uint8
     }
     uint64_t zeros[kPanel] = {};  // structured: bit k % 64 of the zeros that are stored
     for (int64_t i = 0; scheme.layout == Layout::structured && i < kPanel; ++i)
-      zeros[i] = zeros_to_store(scheme.pattern, end - row, group, [&](int64_t k) {
-        return !is_zero(code_at(panel * kPanel + i, row * group + k), dtype);
-      });
+      zeros[i] = zeros_to_store(scheme.pattern, end - row, group,
+                                [&](int64_t k) { return !is_zero(code_at(panel * kPanel + i, row * group + k), dtype); });
     uint8_t* words = out;
     out += (end - row) * word_bytes(dtype);
     std::memset(words, 0, out - words);

@@ -117,7 +117,7 @@ def test_what_does_not_fit_is_named():
 
 @pytest.mark.parametrize(("dtype", "pattern"), [(dtype, pattern) for dtype in DTYPES for pattern in ("2:4", "1:4", "3:4", "4:8")])
 def test_bits_moved_to_another_group(isa, dtype, pattern):
-    """The whole panel has as many bits as it should: walking through it finds the group, and the kernels that rely on the counts do, too."""
+    """The whole panel has as many bits as it should; what walks through it finds the group, and so do the kernels that rely on counts."""
     m = int(pattern.split(":")[1])
     packed = pack(patterned_weight(16, 128, pattern, torch.Generator().manual_seed(0), 0.0), dtype=dtype, pattern=pattern)
     first = struct.unpack_from("<q", packed.numpy().tobytes(), 64)[0]

@@ -88,7 +88,8 @@ class CompressedWeights(Mapping[str, Tensor]):
                 raise ValueError(f"{path} must be sparse-bitmask or sparse-24-bitmask without quantization, got a tensor {name}")
         layers = [name.removesuffix(".bitmask") for name in self._open if name.endswith(".bitmask")]
         parts = {f"{layer}.{part}" for layer in layers for part in ("shape", "bitmask", "compressed", "row_offsets")}
-        self.pattern = "2:4" if any(f"{layer}.row_offsets" not in self._open for layer in layers) else "unstructured"  # of what is compressed
+        regular = any(f"{layer}.row_offsets" not in self._open for layer in layers)
+        self.pattern = "2:4" if regular else "unstructured"  # of the weights that are compressed
         self._names = dict.fromkeys([*(name for name in self._open if name not in parts), *(f"{layer}.weight" for layer in layers)])
 
     def __getitem__(self, name: str) -> Tensor:
@@ -131,8 +132,8 @@ def load_compressed(folder: str | os.PathLike[str], config: SparseLinearConfig |
 
     Args:
         folder: with ``config.json`` and safetensors files.
-        config: how to pack; None loses nothing: bf16 for a checkpoint in bfloat16, else fp32, with the pattern of the checkpoint. Weights are
-            sparse already, so ``sparsity`` can stay None.
+        config: how to pack; None loses nothing: bf16 for a checkpoint in bfloat16, else fp32, and the pattern 2:4 if the checkpoint has it.
+            Weights are sparse already, so ``sparsity`` can stay None.
         arguments: for ``from_pretrained``.
     Returns:
         The model, of the class that ``config.json`` names; ``save_pretrained`` works as for any model of `TorchCpuExtConfig`.

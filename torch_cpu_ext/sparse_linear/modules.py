@@ -15,9 +15,10 @@ from .pruning import has_pattern, magnitude_mask
 
 
 def packed_pattern(weight: Tensor, config: SparseLinearConfig) -> str:
-    """The ``pattern`` for `ops.pack`: that of the config where the structured layout is free to choose, can hold it, and the weight has it."""
+    """The ``pattern`` for `ops.pack`: that of the config if the weight has it, and the structured layout may be chosen and can hold it."""
     possible = config.layout == "auto" and config.dtype != "int4" and ops.structured_pattern(config.pattern) is not None
     return config.pattern if possible and has_pattern(weight, config.pattern) else "unstructured"
+
 
 _CONSTANT = (
     "the packed weight of a SparseLinear is a constant and cannot be set or trained; gradients reach the input and the bias. "

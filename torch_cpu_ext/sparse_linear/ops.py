@@ -95,8 +95,8 @@ def pack(
             where it is rounded to float16; None finds one.
         minimum: with ``scale``, for int4 that is not symmetric: the value of code 0, float32 ``(out_features, groups)``.
         pattern: ``"n:m"``, such as ``"2:4"``: the weight has at most n values that are not zero among every m consecutive inputs of an
-            output, m a power of two up to 64; it is packed in the ``"structured"`` layout, with exactly n values for every m inputs. Not for
-            int4, and only with the layout ``"auto"``.
+            output, m a power of two up to 64; it is packed in the ``"structured"`` layout, with exactly n values for every m inputs. Not
+            for int4, and only with the layout ``"auto"``.
     Returns:
         1-D uint8 tensor: format version, sizes and all data in one array (after arXiv:2502.12444, with bitmap and values in one
         stream).
@@ -231,9 +231,7 @@ def _bitmap(keep: Tensor) -> Tensor:
     return bits.sum(1, dtype=torch.uint8)
 
 
-def _panels(
-    weight: Tensor, dtype: str, layout: str, scale: Tensor | None, pattern: tuple[int, int] | None
-) -> tuple[list[Tensor], int]:
+def _panels(weight: Tensor, dtype: str, layout: str, scale: Tensor | None, pattern: tuple[int, int] | None) -> tuple[list[Tensor], int]:
     """The bytes of each panel, and the number of weights that are not zero."""
     outputs, inputs = weight.shape
     group, panels = _GROUP[dtype], -(-outputs // _PANEL)
@@ -585,8 +583,8 @@ def check(packed: Tensor) -> Tensor:
     Args:
         packed: as `pack` made it.
     Returns:
-        int64 ``(8,)``: format version, index into `DTYPES`, index into `LAYOUT_NAMES`, out_features, in_features, number of nonzero weights;
-        for int4 the group size and whether it is symmetric, for the structured layout n and m of its pattern, else zeros.
+        int64 ``(8,)``: format version, index into `DTYPES`, index into `LAYOUT_NAMES`, out_features, in_features, number of nonzero
+        weights; for int4 the group size and whether it is symmetric, for the structured layout n and m of its pattern, else zeros.
     Raises:
         RuntimeError: ``packed`` is damaged or from a newer version; the message says what is wrong.
     """

@@ -30,7 +30,7 @@ def is_pattern(pattern: str) -> bool:
 
 
 def has_pattern(weight: Tensor, pattern: str) -> bool:
-    """Whether of every m consecutive inputs of an output at most n are not zero; of a weight ``(out_features, in_features)`` and ``"n:m"``."""
+    """Whether a weight ``(out_features, in_features)`` has at most n values that are not zero among every m inputs of an output."""
     groups = parse_pattern(pattern)
     if groups is None or weight.shape[1] % groups[1]:
         return groups is None
