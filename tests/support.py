@@ -45,6 +45,22 @@ def succeeded(done: subprocess.CompletedProcess[str]) -> str:
     return done.stdout
 
 
+def forget_peak() -> int:
+    """Bytes of memory that this process has now; what it had at most until now no longer counts for `peak_bytes`. Linux only."""
+    Path("/proc/self/clear_refs").write_text("5")
+    return _status_bytes("VmRSS")
+
+
+def peak_bytes() -> int:
+    """Most bytes of memory that this process had since `forget_peak`, mapped files included."""
+    return _status_bytes("VmHWM")
+
+
+def _status_bytes(name: str) -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{name}:"))
+
+
 def at_odd_address(tensor: Tensor) -> Tensor:
     """A contiguous copy whose first byte lies at an odd address."""
     if tensor.numel() == 0:

@@ -323,17 +323,14 @@ def test_the_dense_model_is_never_whole_in_memory(dtype, tmp_path):
         LlamaForCausalLM(config).save_pretrained(sys.argv[1], max_shard_size="50MB")
     """
     load = """
-        import re, sys, torch, torch_cpu_ext as tce
+        import sys, torch, torch_cpu_ext as tce
+        from support import forget_peak, peak_bytes
         from transformers import AutoModelForCausalLM
         config = tce.TorchCpuExtConfig()
         AutoModelForCausalLM.from_pretrained(sys.argv[2], quantization_config=config)  # loads all the code there is
-        def peak():
-            status = open("/proc/self/status").read()
-            return {name: int(re.search(rf"{name}:\\s+(\\d+)", status)[1]) * 1024 for name in ("VmHWM", "VmRSS")}
-        open("/proc/self/clear_refs", "w").write("5")  # the peak so far is forgotten
-        before = peak()["VmRSS"]
+        before = forget_peak()
         model = AutoModelForCausalLM.from_pretrained(sys.argv[1], quantization_config=config, dtype=torch.float32)
-        after = peak()["VmHWM"]
+        after = peak_bytes()
         report = tce.report(model)
         rest = sum(p.numel() * p.element_size() for n, p in model.named_parameters())
         print(after - before, report.bytes_before, report.bytes_after, rest)

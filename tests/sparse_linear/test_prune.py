@@ -3,6 +3,7 @@
 import copy
 import json
 import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from torch import nn
 import torch_cpu_ext as tce
 from torch_cpu_ext.sparse_linear import blocks, obs, pruner, unpack
 
-from support import ROOT
+from support import ROOT, run_python, succeeded
 
 VOCABULARY = 64
 
@@ -535,6 +536,34 @@ def test_optimize_knows_patterns(pattern):
             tce.SparseLinearConfig(sparsity=sparsity, pattern=pattern)
     with pytest.raises(ValueError, match="SparseLinearConfig: pattern must be unstructured or n:m"):
         tce.SparseLinearConfig(sparsity=0.5, pattern="4:2")
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux's /proc")
+@pytest.mark.parametrize("method", ["magnitude", "sparsegpt"])
+def test_no_more_than_a_block_is_twice_in_memory(method):
+    """The peak of the process, mapped files included, stays near the size of the model."""
+    code = """
+        import sys, torch, torch_cpu_ext as tce
+        from torch import nn
+        from support import forget_peak, peak_bytes
+        class Block(nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.linear = nn.Linear(256, 8192, bias=False)
+            def forward(self, x):
+                return self.linear(x)[..., :256]
+        config, items = tce.PruneConfig(method=sys.argv[1]), None if sys.argv[1] == "magnitude" else [torch.randn(64, 256)]
+        tce.prune(nn.Sequential(Block(), Block()), items, config)  # loads all the code there is
+        large = nn.Sequential(*(Block() for _ in range(24)))
+        size = sum(p.nbytes for p in large.parameters())
+        before = forget_peak()
+        report = tce.prune(large, items, config)
+        print(len(report.rows), size, peak_bytes() - before)
+    """
+    layers, size, grown = map(int, succeeded(run_python(code, method, OMP_NUM_THREADS="1")).split())
+    assert layers == 24
+    assert size > 200e6
+    assert grown < 0.5 * size, f"{grown / 1e6:.0f} MB more, model {size / 1e6:.0f} MB"
 
 
 @pytest.mark.parametrize("file", sorted((ROOT / "benchmarks" / "results").glob("pruning-*.json")), ids=lambda file: file.stem)

@@ -83,7 +83,7 @@ def prune(
     The model's repeated blocks are found and done one after the other: the calibration data runs through the blocks that are done, as they
     are now, and the inputs of the next block's layers decide what becomes of their weights. So later blocks see, and make up for, what
     happened to earlier ones, and beyond the model itself only the Hessians of one block and one output for each item are in memory. A model
-    without repeated blocks is done as one.
+    without repeated blocks is done as one. Without calibration data, layers are done one by one.
 
     Layers outside the blocks (``lm_head``, classifiers) are changed only if ``include`` names them, those whose weight another module
     shares never. Quantised layers get an attribute ``quantization_grid`` (`QuantizationGrid`) with the scales.
@@ -120,6 +120,8 @@ def prune(
         stages: list[dict[str, nn.Linear]] = [
             {n: m for n, m in layers.items() if n == block or n.startswith(f"{block}.")} for block in blocks
         ]
+        if not items:  # nothing that layers of a block have to wait for
+            blocks, stages = list(layers), [{name: layer} for name, layer in layers.items()]
         inside = {name for stage in stages for name in stage}
         rest = {name: layer for name, layer in layers.items() if name not in inside}
         store = None
@@ -129,7 +131,7 @@ def prune(
                 resume,
                 [config.to_dict(), items, {name: list(stage) for name, stage in zip(blocks, stages, strict=True)}, list(rest), others],
             )
-        for index, stage in enumerate(bar([*stages, rest], f"pruning, {config.method}", "block")):
+        for index, stage in enumerate(bar([*stages, rest], f"pruning, {config.method}", "block" if items else "layer")):
             if not stage:
                 continue
             rows = store.load(index, stage) if store else None
