@@ -68,5 +68,5 @@ $(call STAMP,quality): $(call STAMP,torch) pyproject.toml
 
 $(call STAMP,docs): $(call STAMP,torch) pyproject.toml
 	echo "Installing Sphinx ..."
-	$(PIP) --no-build-isolation --editable '.[docs,cli]'
+	$(PIP) --no-build-isolation --editable '.[docs]'
 	touch $@
