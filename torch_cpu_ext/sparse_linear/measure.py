@@ -10,7 +10,7 @@ from torch import nn
 
 from ..core import jit
 from ..core.memory import cold_bytes, read_calls, seconds
-from .modules import SparseLinear
+from .modules import SparseLinear, packed_layers
 
 _REPEATS, _SECONDS = 9, 2.0  # as many turns as fit into that time, three at least
 
@@ -80,11 +80,7 @@ def kernel_info(model: nn.Module, limit_bytes: int = 1 << 30) -> KernelInfo:
     Raises:
         ValueError: there is no packed layer, or one has no weights yet.
     """
-    layers = [module for module in model.modules() if isinstance(module, SparseLinear)]
-    if not layers:
-        raise ValueError("kernel_info: model must have packed layers, as optimize makes them, got none")
-    if any(layer.layout == "empty" for layer in layers):
-        raise ValueError("kernel_info: model must have weights, got a layer without")
+    layers = packed_layers(model, "kernel_info")
     size = sum(layer.packed.numel() for layer in layers)
     target = min(cold_bytes(), limit_bytes)
     extra = [_copy(layer) for _ in range(math.ceil(target / size) - 1) for layer in layers]

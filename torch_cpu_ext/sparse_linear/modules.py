@@ -297,3 +297,13 @@ class SparseLinear(Replacement):
             self.packed = torch.empty_like(packed, device=self.packed.device)
         self._original = ()
         super()._load_from_state_dict(state_dict, prefix, local_metadata, *args)
+
+
+def packed_layers(model: nn.Module, caller: str) -> list[SparseLinear]:
+    """The `SparseLinear` layers of a model, at least one and all with weights; else an error in the name of the function that asks."""
+    layers = [module for module in model.modules() if isinstance(module, SparseLinear)]
+    if not layers:
+        raise ValueError(f"{caller}: model must have packed layers, as optimize makes them, got none")
+    if any(layer.layout == "empty" for layer in layers):
+        raise ValueError(f"{caller}: model must have weights, got a layer without")
+    return layers

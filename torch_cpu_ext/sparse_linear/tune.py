@@ -9,7 +9,7 @@ from torch import nn
 from ..core import measured
 from ..core.memory import seconds
 from ..core.progress import bar
-from .modules import SparseLinear
+from .modules import SparseLinear, packed_layers
 
 ROWS = (2, 3, 4, 5, 6, 8, 12, 16, 24, 32)  # what is tried
 _REPEATS = 9
@@ -32,11 +32,7 @@ def tune(model: nn.Module, again: bool = False) -> dict[str, int]:
     Raises:
         ValueError: there is no packed layer, or one has no weights yet.
     """
-    layers = [module for module in model.modules() if isinstance(module, SparseLinear)]
-    if not layers:
-        raise ValueError("tune: model must have packed layers, as optimize makes them, got none")
-    if any(layer.layout == "empty" for layer in layers):
-        raise ValueError("tune: model must have weights, got a layer without")
+    layers = packed_layers(model, "tune")
     shapes: dict[str, list[SparseLinear]] = {}
     for layer in layers:
         kind = str(layer.weight_dtype).removeprefix("torch.")
