@@ -8,6 +8,7 @@ import argparse
 import gc
 import itertools
 import json
+import math
 import os
 import platform
 import re
@@ -20,13 +21,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 import torch_cpu_ext
-from torch_cpu_ext.core import isa
+from torch_cpu_ext.core import isa, memory
 from torch_cpu_ext.core.isa import cpu_name
 
 FOLDER = Path(__file__).resolve().parent
 Row = dict[str, Any]
+COLD_BYTES = memory.cold_bytes()  # what rotated copies of a weight come to, so that each is out of the caches
 
 
 class Seconds(float):
@@ -86,6 +89,14 @@ def rotate(functions: Iterable[Callable[[], object]]) -> Callable[[], object]:
     """One function that calls the given ones in turn: each call finds its layer out of the caches if all together outgrow them."""
     turn = itertools.cycle(list(functions))
     return lambda: next(turn)()
+
+
+def copies(*tensors: Tensor) -> list[tuple[Tensor, ...]]:
+    """The tensors at as many addresses as it takes to be out of every cache when their turn comes again, in huge pages as in a model."""
+    sizes = [-(-tensor.nbytes // 64) * 64 for tensor in tensors]
+    count = math.ceil(COLD_BYTES / sum(sizes))
+    parts = iter(memory.zeros(sum(sizes) * count).split(sizes * count))
+    return [tuple(next(parts)[: t.nbytes].view(t.dtype).view(t.shape).copy_(t) for t in tensors) for _ in range(count)]
 
 
 def row(case: str, ours_s: float, peer: str, peer_s: float, config: dict[str, Any] | None = None) -> Row:

@@ -4,7 +4,6 @@ One layer's attention; its keys and values come from memory, because copies of t
 share the keys between query heads: ``enable_gqa``, and the heads of a group as rows of one query.
 """
 
-import math
 from collections.abc import Callable, Iterator
 
 import torch
@@ -12,25 +11,15 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from torch_cpu_ext import kernel_isa
-from torch_cpu_ext.core import memory
 from torch_cpu_ext.sparse_linear import attend, compress_kv, to_blocks
 
-from common import Row, Seconds, interleave, main, rotate, row
+from common import Row, Seconds, copies, interleave, main, rotate, row
 
 GEOMETRIES = {"Llama-3-8B": (8, 32, 128), "SmolLM2-135M": (3, 9, 64)}  # KV heads, query heads, head_dim
 CONTEXTS = (4096, 8192, 16384, 32768)
 SPARSITIES = ((0.3, 0.5), (0.5, 0.5), (0.7, 0.7))  # of keys and values
-COLD_BYTES = memory.cold_bytes()
 
 Call = Callable[[], object]
-
-
-def copies(*tensors: Tensor) -> list[tuple[Tensor, ...]]:
-    """The tensors at as many addresses as it takes to be out of every cache when their turn comes again, all in huge pages."""
-    size = sum(t.nbytes for t in tensors)
-    return [
-        tuple(memory.zeros(t.nbytes).view(t.dtype).view(t.shape).copy_(t) for t in tensors) for _ in range(math.ceil(COLD_BYTES / size))
-    ]
 
 
 def ours(k: Tensor, v: Tensor, query: Tensor, sparsity: tuple[float, float] | None) -> tuple[Call, int]:

@@ -14,7 +14,7 @@ from torch_cpu_ext import SparseLinearConfig, kernel_isa
 from torch_cpu_ext.core import memory
 from torch_cpu_ext.sparse_linear import linear, magnitude_mask, pack
 
-from common import Row, interleave, main, rotate, row
+from common import COLD_BYTES, Row, copies, interleave, main, rotate, row
 from peers import skip
 from peers.products import OTHERS, PLAIN, Call, Layer, Product
 
@@ -26,14 +26,6 @@ PEER_ROWS = (1, 8, 16, 512)  # where the peers other than F.linear are measured 
 VARIANTS = {name: SparseLinearConfig(dtype=name) for name in ("bf16", "int8", "int4", "fp32")}
 BAR_ROWS = {1: 41, 8: 15, 16: 15, 64: 9, 512: 9}  # rows of input that the bars speak of, and how often they are measured
 FEW_ROWS = (1, 8, 16)  # of BAR_ROWS, where the peers with weights of 8 and 4 bits are measured
-COLD_BYTES = memory.cold_bytes()  # what rotated copies of a weight come to, so that each is out of the caches
-
-
-def copies(packed: Tensor) -> list[Tensor]:
-    """A packed weight at as many addresses as it takes to be out of every cache when its turn comes again, in huge pages as in a model."""
-    size = -(-packed.numel() // 64) * 64
-    block = memory.zeros(size * math.ceil(COLD_BYTES / size))
-    return [part[: packed.numel()].copy_(packed) for part in block.split(size)]
 
 
 class Layers:
@@ -54,7 +46,7 @@ class Layers:
                 size = peer.bytes_per_weight * weight.numel()
                 self.peer_bytes[name] = size
                 self.peers[name] = peer.make(weight, math.ceil(COLD_BYTES / size))
-        self.packed: dict[tuple[str, float], list[Tensor]] = {}
+        self.packed: dict[tuple[str, float], list[tuple[Tensor, ...]]] = {}
         for sparsity in sparsities:
             pruned = weight * magnitude_mask(weight, sparsity)
             for name in variants:
@@ -71,7 +63,7 @@ class Layers:
             own = x if VARIANTS[name].dtype == "fp32" else x.bfloat16()
             group = VARIANTS[name].activation_group
             found[name, sparsity] = rotate(
-                [lambda p=p, x=own, group=group: linear(x, p, None, self.shape[0], activation_group=group) for p in weights]
+                [lambda p=p, x=own, group=group: linear(x, p, None, self.shape[0], activation_group=group) for (p,) in weights]
             )
         return found
 
@@ -87,7 +79,7 @@ def measure(layers: Layers, m: int, repeats: int) -> Iterator[Row]:
     read = COLD_BYTES / min(times["read by sum"], times["read by max"]) / 1e9
     n, k = layers.shape
     for (name, sparsity), weights in layers.packed.items():
-        seconds, size, dtype = times[name, sparsity], weights[0].numel(), VARIANTS[name].dtype
+        seconds, size, dtype = times[name, sparsity], weights[0][0].numel(), VARIANTS[name].dtype
         speed = size / seconds / 1e9
         for peer in layers.peers:
             config = {
@@ -128,14 +120,17 @@ def structured() -> Iterator[Row]:
     weight = torch.randn(SHAPE) / math.sqrt(SHAPE[1])
     weight *= magnitude_mask(weight, 0.5, pattern="2:4")
     x = torch.randn(1, SHAPE[1]).bfloat16()
+    options: dict[str, dict[str, str]] = {"ours": {"pattern": "2:4"}, "peer": {"layout": "sparse"}}
+    before = torch.get_num_threads()
     for dtype in ("bf16", "int8"):
-        ours, theirs = (
-            rotate([lambda p=p: linear(x, p, None, SHAPE[0]) for p in copies(pack(weight, dtype=dtype, **options))])
-            for options in ({"pattern": "2:4"}, {"layout": "sparse"})
-        )
-        times = interleave({"ours": ours, "peer": theirs}, 31)
-        config = {"dtype": dtype, "pattern": "2:4", "m": 1, "n": SHAPE[0], "k": SHAPE[1]}
-        yield row(f"M=1 {SHAPE[0]}x{SHAPE[1]} {dtype} 2:4", times["ours"], "sparse layout", times["peer"], config)
+        packed = {side: copies(pack(weight, dtype=dtype, **chosen)) for side, chosen in options.items()}
+        for threads in sorted({1, before}):
+            torch.set_num_threads(threads)
+            calls = {side: rotate([lambda p=p: linear(x, p, None, SHAPE[0]) for (p,) in weights]) for side, weights in packed.items()}
+            times = interleave(calls, 31)
+            config = {"dtype": dtype, "pattern": "2:4", "m": 1, "n": SHAPE[0], "k": SHAPE[1], "threads": threads}
+            yield row(f"M=1 {SHAPE[0]}x{SHAPE[1]} {dtype} 2:4, threads {threads}", times["ours"], "sparse layout", times["peer"], config)
+    torch.set_num_threads(before)
 
 
 def rows(quick: bool) -> Iterator[Row]:

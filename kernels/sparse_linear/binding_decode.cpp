@@ -17,8 +17,6 @@ namespace {
 const char* const kOp = "sparse_linear_decode";
 constexpr int64_t kMaxRows = 8;
 
-const Kernel<Steps> kSteps{"decode", {{Isa::scalar, scalar::steps}, {Isa::avx2, avx2::steps}, {Isa::avx512, avx512::steps}}};
-
 // The columns of `plan`: where in the arena or among the vectors each part of a layer begins, -1 where there is none; the tokens that a
 // query sees, itself included, -1 for all; what is added to a position to give the layer's line of cosines and sines, -1 where it does not
 // rotate. The order of decode.py.

@@ -6,13 +6,10 @@
 #include <string>
 #include <vector>
 
-#include "decode.h"
 #include "products.h"
 
 namespace tce::sparse_linear {
 namespace {
-
-const Kernel<Steps> kGateSteps{"gate", {{Isa::scalar, scalar::steps}, {Isa::avx2, avx2::steps}, {Isa::avx512, avx512::steps}}};
 
 // Multiplies the same rows with several weights in one parallel region.
 void multiply(Rows& rows, std::vector<Product>& products) {
@@ -93,7 +90,7 @@ Tensor gated(Tensor input, Tensor gate, Tensor up, std::optional<Tensor> gate_bi
   u.out = ups;
   g.out_type = u.out_type = Float::fp32;
   const Variant &gate_kernel = rows.prepare(g), &up_kernel = rows.prepare(u);
-  const Steps& steps = kGateSteps.get();
+  const Steps& steps = kSteps.get();
   void* const target = out.mutable_data_ptr();
   const int64_t threads = threads_for(work_of(g.weight, m) + work_of(u.weight, m)), tiles = divide_up(m, kRowTile);
   const int64_t parts = parts_of(g.weight, m, threads == 1 ? 1 : 2 * threads);  // each is twice the work

@@ -6,6 +6,7 @@
 #include <algorithm>
 #include <atomic>
 
+#include "decode.h"
 #include "sparse_linear.h"
 
 namespace tce::sparse_linear {
@@ -34,6 +35,8 @@ inline const Kernel<Variant> kInt4{"int4",
                                     {Isa::avx512, avx512::int4},
                                     {Isa::avx512_vnni, avx512_vnni::int4},
                                     {Isa::amx, amx::int4, kTileLeastRows}}};
+
+inline const Kernel<Steps> kSteps{"decode", {{Isa::scalar, scalar::steps}, {Isa::avx2, avx2::steps}, {Isa::avx512, avx512::steps}}};
 
 inline const Variant& variant(DType dtype, int64_t rows) {
   const Kernel<Variant>* kernels[] = {&kFp32, &kBf16, &kInt8, &kInt4};

@@ -72,7 +72,7 @@ class SparseMLP(SharingReplacement):
         return modules["down_proj"](inner)
 
     def row(self) -> Row:
-        isa = jit.kernel_isa(self.technique, "gate")
+        isa = jit.kernel_isa(self.technique, "decode")
         return Row(self.technique, "gated MLP", 0, 0, isa, f"{self._activation}; gate and up in one call")
 
 
