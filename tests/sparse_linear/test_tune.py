@@ -6,6 +6,7 @@ import logging
 import pytest
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import torch_cpu_ext as tce
 from torch_cpu_ext.core import measured
@@ -41,9 +42,8 @@ def test_measured_for_each_shape_and_results_stay_the_same():
     found = tce.tune(one)
     assert set(found) == {"bf16 dense 48x64 float32", "bf16 dense 64x48 float32"}
     assert all(rows in (1, *ROWS) for rows in found.values())
-    assert [layer.stream_rows for layer in one] == [found["bf16 dense 48x64 float32"], found["bf16 dense 64x48 float32"]] * 1 + [
-        found["bf16 dense 48x64 float32"]
-    ]
+    down, up = found["bf16 dense 48x64 float32"], found["bf16 dense 64x48 float32"]
+    assert [layer.stream_rows for layer in one] == [down, up, down]
     torch.testing.assert_close(one(x), before)
 
 
@@ -77,13 +77,28 @@ def test_a_folder_that_cannot_be_written(counted, monkeypatch, tmp_path, caplog)
     assert "cannot be written" in caplog.text
 
 
-def test_the_number_reaches_the_op(monkeypatch):
+class Numbers(TorchDispatchMode):
+    """What products are called with."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.name().startswith("torch_cpu_ext::sparse_linear"):
+            self.seen.append((kwargs or {}).get("stream_rows", 0))
+        return func(*args, **kwargs or {})
+
+
+def test_the_number_reaches_the_op():
     one = tce.SparseLinear.from_linear(nn.Linear(256, 64), tce.SparseLinearConfig(dtype="bf16"))
     x = torch.randn(3, 256)
     product = torch.ops.torch_cpu_ext.sparse_linear
-    for rows in (0, 1, 16):
-        one.stream_rows = rows
-        assert one(x).equal(product(x, one.packed, one.bias, 64, stream_rows=rows))
+    with Numbers() as numbers:
+        for rows in (0, 1, 16):
+            one.stream_rows = rows
+            assert one(x).equal(product(x, one.packed, one.bias, 64, stream_rows=rows))
+    assert numbers.seen == [0, 0, 1, 1, 16, 16]
 
 
 def test_nothing_to_tune():
