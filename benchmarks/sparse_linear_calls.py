@@ -60,11 +60,11 @@ def joined(shapes: tuple[tuple[int, int], ...]) -> Iterator[Row]:
         for m in JOINED:
             x = torch.randn(m, hidden).bfloat16()
             calls = {
-                "query, key, value": (
+                "query key value": (
                     rotate(partial(group, x, list(p), [], sizes) for p in triples),
                     rotate(partial(each, x, p, sizes) for p in triples),
                 ),
-                "gate, up": (
+                "gate up": (
                     rotate(partial(gated, x, *p, None, None, inner) for p in pairs),
                     rotate(partial(gate_up, x, p, inner) for p in pairs),
                 ),
