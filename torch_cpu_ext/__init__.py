@@ -7,6 +7,7 @@ from typing import Any
 
 __version__ = "0.1.0"
 
+from . import kv_cache as _kv_cache  # noqa: F401  (registers its ops)
 from .core.checkpoint import load_checkpoint, save_checkpoint
 from .core.errors import BuildError, CorruptFileError, FallbackWarning
 from .core.isa import isa

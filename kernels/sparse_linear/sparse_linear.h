@@ -8,6 +8,7 @@
 #include "../common/floats.h"
 #include "../common/isa.h"
 #include "../common/scratch.h"
+#include "../common/sizes.h"
 
 namespace tce::sparse_linear {
 
@@ -62,9 +63,6 @@ struct Header {
   int64_t symmetric;  // int4: 1 if zero is always code 8; structured: m; else 0
 };
 static_assert(sizeof(Header) == 64);
-
-constexpr int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
-constexpr int64_t round_up(int64_t a, int64_t b) { return divide_up(a, b) * b; }
 
 // Inputs in a row of 64 bytes.
 constexpr int64_t group_of(DType dtype) { return int64_t{1} << static_cast<int>(dtype); }

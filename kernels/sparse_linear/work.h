@@ -1,10 +1,9 @@
 // Which kernels run, and how their work is split among threads; shared by the bindings.
 #pragma once
 
-#include "../common/binding.h"
+#include "../common/parallel.h"
 
 #include <algorithm>
-#include <atomic>
 
 #include "decode.h"
 #include "sparse_linear.h"
@@ -51,33 +50,6 @@ constexpr int64_t kSerialWork = 32 << 10;
 // Threads take parts of a weight as they get done with the last one, since the machine rarely serves all of them equally. Parts are long
 // enough for the hardware prefetcher and short enough for all threads to end together.
 constexpr int64_t kPartWork = 128 << 10, kPartsPerThread = 32;
-
-// Calls f(index) for 0 <= index < count, in parallel.
-template <typename F>
-void for_each(int64_t count, int64_t grain, const F& f) {
-  parallel_for(0, count, grain, [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) f(i);
-  });
-}
-
-// The same, on at most `threads` threads, each of which takes the next index when it is done with its last, and calls finish() in the end.
-template <typename F, typename Finish>
-void for_each_dynamic(int64_t count, int64_t threads, const F& f, const Finish& finish) {
-  if (threads == 1 || count == 1) {
-    for (int64_t i = 0; i < count; ++i) f(i);
-    return finish();
-  }
-  std::atomic<int64_t> next{0};
-  parallel_for(0, std::min(threads, count), 1, [&](int64_t, int64_t) {
-    for (int64_t i = next++; i < count; i = next++) f(i);
-    finish();
-  });
-}
-
-template <typename F>
-void for_each_dynamic(int64_t count, int64_t threads, const F& f) {
-  for_each_dynamic(count, threads, f, [] {});
-}
 
 // Work of a product with m rows of x.
 inline int64_t work_of(const Packed& weight, int64_t m) { return weight.bytes * divide_up(m, 8); }

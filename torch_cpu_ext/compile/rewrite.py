@@ -11,9 +11,10 @@ from torch._dynamo.source import ConstantSource, is_from_unspecialized_nn_module
 from torch._guards import detect_fake_mode
 from torch.fx.experimental.symbolic_shapes import DimDynamic, StatelessSymbolicContext
 
+from ..core.checks import FLOATS
 from ..core.progress import bar
 from ..sparse_linear import SparseLinearConfig
-from ..sparse_linear.ops import FLOATS, INT4_LIMIT
+from ..sparse_linear.ops import INT4_LIMIT
 from .packs import Slot
 
 _LOSSLESS = {torch.float32: SparseLinearConfig(dtype="fp32"), torch.bfloat16: SparseLinearConfig(dtype="bf16")}

@@ -138,7 +138,7 @@ def library(technique: str) -> Library:
 
 def available() -> tuple[str, ...]:
     """The techniques that have kernels."""
-    return tuple(sorted(p.parent.name for p in SOURCES.glob("*/binding.cpp")))
+    return tuple(sorted({p.parent.name for p in SOURCES.glob("*/binding*.cpp")}))
 
 
 def load(technique: str) -> bool:

@@ -21,9 +21,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..core.checks import FLOATS
 from ..core.errors import CorruptFileError
 from ..sparse_linear import SparseLinearConfig
-from ..sparse_linear.ops import FLOATS
 
 _QUANTIZED = ("weight_packed", "weight_scale", "weight_zero_point", "weight_g_idx", "weight_global_scale", "scale_packed", "meta")
 

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..core.checks import FLOATS
 from ..core.swap import put, restore, select
 from ..sparse_linear import SparseLinear, SparseLinearConfig, ops, swap_linear
 from ..sparse_linear.conv1d import SparseConv1D
@@ -114,7 +115,7 @@ class TorchCpuExtQuantizer(HfQuantizer):
 
     def _wanted(self, layer: Any, name: str) -> bool:
         """Whether transformers and the kernels are content to have a layer packed."""
-        return layer.weight.dtype in ops.FLOATS.values() and not self._kept.search(f"{name}.weight")
+        return layer.weight.dtype in FLOATS.values() and not self._kept.search(f"{name}.weight")
 
     def param_needs_quantization(self, model: Any, param_name: str, **kwargs: Any) -> bool:
         """Whether a weight is packed as soon as it is loaded."""

@@ -8,8 +8,8 @@ import math
 import torch
 from torch import Tensor
 
+from ..core.checks import check_float, type_name
 from ..core.registry import define
-from .ops import _check_float, _type_name
 
 TOKENS = 16  # in a block or page
 KINDS = ("key", "value")
@@ -75,7 +75,7 @@ def _check_pages(op: str, argument: str, pages: Tensor, head_dim: int) -> None:
     torch._check(
         pages.dim() == 4 and pages.dtype == torch.uint8,
         lambda: (
-            f"{op}: {argument} must be a 4-D uint8 tensor (batch, KV heads, pages, bytes), got {pages.dim()}-D {_type_name(pages.dtype)}"
+            f"{op}: {argument} must be a 4-D uint8 tensor (batch, KV heads, pages, bytes), got {pages.dim()}-D {type_name(pages.dtype)}"
         ),
     )
     size = pages.shape[3]
@@ -109,7 +109,7 @@ def compress_kv(x: Tensor, *, kind: str, sparsity: float) -> Tensor:
 
 def _check_compress(x: Tensor, kind: str, sparsity: float) -> None:
     op = "sparse_linear_compress_kv"
-    _check_float(op, "x", x)
+    check_float(op, "x", x)
     torch._check(x.dim() == 4, lambda: f"{op}: x must be 4-D (batch, KV heads, tokens, head_dim), got {x.dim()}-D")
     _check_head_dim(op, x.shape[3])
     torch._check(x.shape[2] % TOKENS == 0, lambda: f"{op}: x must have a multiple of 16 tokens, got {x.shape[2]}")
@@ -235,7 +235,7 @@ def attend(
 
 def _check_attend(query: Tensor, k_pages: Tensor, v_pages: Tensor, k_tail: Tensor, v_tail: Tensor, spans: Tensor) -> None:
     op = "sparse_linear_attend"
-    _check_float(op, "query", query)
+    check_float(op, "query", query)
     torch._check(query.dim() == 4, lambda: f"{op}: query must be 4-D (batch, heads, length, head_dim), got {query.dim()}-D")
     batch, heads, _, d = query.shape
     _check_head_dim(op, d)
@@ -245,7 +245,7 @@ def _check_attend(query: Tensor, k_pages: Tensor, v_pages: Tensor, k_tail: Tenso
                 pages.dim() == 4,
                 lambda: (
                     f"{op}: k_pages must be a 4-D uint8 tensor (batch, KV heads, pages, bytes), "
-                    f"got {k_pages.dim()}-D {_type_name(k_pages.dtype)}"
+                    f"got {k_pages.dim()}-D {type_name(k_pages.dtype)}"
                 ),
             )
             kv_heads = pages.shape[1]
@@ -266,7 +266,7 @@ def _check_attend(query: Tensor, k_pages: Tensor, v_pages: Tensor, k_tail: Tenso
         spans.dim() == 3 and spans.dtype == torch.int64 and tuple(spans.shape) == (batch, kv_heads, 3),
         lambda: (
             f"{op}: spans must be an int64 tensor of shape ({batch}, {k_pages.shape[1]}, 3), got {spans.dim()}-D "
-            f"{_type_name(spans.dtype)} with {spans.numel()} elements"
+            f"{type_name(spans.dtype)} with {spans.numel()} elements"
         ),
     )
 
@@ -281,7 +281,7 @@ def _check_blocks(
     )
     torch._check(
         tail.dim() == 6 and tail.dtype == torch.bfloat16,
-        lambda: f"{op}: {name}_tail must be a 6-D bfloat16 tensor of blocks, got {tail.dim()}-D {_type_name(tail.dtype)}",
+        lambda: f"{op}: {name}_tail must be a 6-D bfloat16 tensor of blocks, got {tail.dim()}-D {type_name(tail.dtype)}",
     )
     torch._check(
         (tail.shape[0], tail.shape[1], *tail.shape[3:]) == (batch, kv_heads, *inner, 2),

@@ -9,9 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..core.checks import check_float, type_name
 from ..core.registry import define
 from .attention import from_blocks, to_blocks
-from .ops import _HEADER, _check_float, _linear_reference, _read_header, _type_name
+from .ops import _HEADER, _linear_reference, _read_header
 
 # The columns of a plan, as binding_decode.cpp names them.
 PARTS = (
@@ -138,13 +139,13 @@ def _check(
         check(
             tensor.dtype == torch.int64 and tensor.is_contiguous() and tensor.numel() == numel,
             f"{argument} must be contiguous int64 with {numel} elements",
-            f"{_type_name(tensor.dtype)} with {tensor.numel()}",
+            f"{type_name(tensor.dtype)} with {tensor.numel()}",
         )
 
     def kind(tensor: Tensor) -> str:
-        return f"{tensor.dim()}-D {_type_name(tensor.dtype)}"
+        return f"{tensor.dim()}-D {type_name(tensor.dtype)}"
 
-    _check_float(_OP, "hidden", hidden)
+    check_float(_OP, "hidden", hidden)
     check(hidden.dim() == 3, "hidden must be 3-D (batch, tokens, hidden size)", f"{hidden.dim()}-D")
     batch, tokens, _ = hidden.shape
     check(1 <= batch * tokens <= MAX_ROWS, f"hidden must have 1 to {MAX_ROWS} rows (batch times tokens)", batch * tokens)

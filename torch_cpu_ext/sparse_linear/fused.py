@@ -9,9 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..core.checks import FLOATS
 from ..core.registry import define
 from .decode import ACTIVATIONS
-from .ops import FLOATS, _check_linear, _linear_reference
+from .ops import _check_linear, _linear_reference
 
 
 @contextlib.contextmanager

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ..core import jit, memory
+from ..core.checks import FLOATS
 from ..core.swap import Replacement, Row, tensor_bytes
 from . import ops
 from .config import SparseLinearConfig
@@ -98,7 +99,7 @@ class SparseLinear(Replacement):
         weight = linear.weight
         if weight.device.type != "cpu":
             raise ValueError(f"from_linear: linear.weight must be on the CPU, got {weight.device}")
-        if weight.dtype not in ops.FLOATS.values():
+        if weight.dtype not in FLOATS.values():
             raise TypeError(f"from_linear: linear.weight must be float32, bfloat16 or float16, got {weight.dtype}")
         dense = weight.detach()
         if config.dtype in ("int8", "int4") and not bool(dense.isfinite().all()):
@@ -180,7 +181,7 @@ class SparseLinear(Replacement):
 
         What happens to the copy does not reach the layer: it has no gradient, and an optimizer that is given it trains nothing.
         """
-        name = next(name for name, kind in ops.FLOATS.items() if kind == self.weight_dtype)
+        name = next(name for name, kind in FLOATS.items() if kind == self.weight_dtype)
         return ops.unpack(self.packed, self.out_features, self.in_features, dtype=name)
 
     @weight.setter
@@ -260,7 +261,7 @@ class SparseLinear(Replacement):
         """Casts (``half()``, ``to(dtype)``) reach the bias; the dense weight of `weight` and `to_linear` follows."""
         super()._apply(fn, recurse)
         dtype = fn(torch.empty(0, dtype=self.weight_dtype)).dtype
-        if dtype in ops.FLOATS.values() and dtype != self.weight_dtype:
+        if dtype in FLOATS.values() and dtype != self.weight_dtype:
             self.weight_dtype = dtype
             for weight in self._original:
                 weight.data = weight.data.to(dtype)

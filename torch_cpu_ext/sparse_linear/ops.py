@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ..core.checks import FLOATS, check_float, type_name
 from ..core.registry import define
 from .pruning import is_pattern, parse_pattern
 
@@ -18,41 +19,11 @@ GROUP_SIZES = (32, 64, 128)
 LAYOUTS = ("dense", "sparse")  # those to choose between; a pattern has its own
 LAYOUT_NAMES = (*LAYOUTS, "structured")  # by code
 INT4_LIMIT = 65504.0  # magnitude up to which every weight has float16 scales and minimums
-FLOATS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 _MAGIC, _VERSION = 0x4C505345435401, 1
 _HEADER = struct.Struct("<QIIIIqqqqq")  # magic, version, dtype, layout, group size, outputs, inputs, bytes, nonzeros, symmetric
 _PANEL, _CHUNK, _TAIL = 16, 64, 64
 _GROUP = {"fp32": 1, "bf16": 2, "int8": 4, "int4": 8}  # inputs in a row of 64 bytes
-_TYPE_NAMES = {
-    "float64": "Double",
-    "float32": "Float",
-    "float16": "Half",
-    "bfloat16": "BFloat16",
-    "int64": "Long",
-    "int32": "Int",
-    "int16": "Short",
-    "int8": "Char",
-    "uint8": "Byte",
-    "uint16": "UInt16",
-    "uint32": "UInt32",
-    "uint64": "UInt64",
-    "complex32": "ComplexHalf",
-    "complex64": "ComplexFloat",
-    "complex128": "ComplexDouble",
-}
-
-
-def _check_float(op: str, argument: str, tensor: Tensor) -> None:
-    torch._check(
-        tensor.dtype in FLOATS.values(), lambda: f"{op}: {argument} must be float32, bfloat16 or float16, got {_type_name(tensor.dtype)}"
-    )
-
-
-def _type_name(dtype: torch.dtype) -> str:
-    """A dtype in the words of PyTorch's C++ side, so that messages do not depend on who raises them."""
-    name = str(dtype).removeprefix("torch.")
-    return _TYPE_NAMES.get(name, name.capitalize())
 
 
 def _check_packed(op: str, packed: Tensor) -> None:
@@ -60,7 +31,7 @@ def _check_packed(op: str, packed: Tensor) -> None:
         packed.dim() == 1 and packed.dtype == torch.uint8 and packed.is_contiguous(),
         lambda: (
             f"{op}: packed must be a contiguous 1-D uint8 CPU tensor, as sparse_linear_pack makes it, "
-            f"got {packed.dim()}-D {_type_name(packed.dtype)}"
+            f"got {packed.dim()}-D {type_name(packed.dtype)}"
         ),
     )
 
@@ -140,7 +111,7 @@ def _check_pack(
     pattern: str = "unstructured",
 ) -> None:
     op = "sparse_linear_pack"
-    _check_float(op, "weight", weight)
+    check_float(op, "weight", weight)
     torch._check(weight.dim() == 2, lambda: f"{op}: weight must be 2-D (out_features, in_features), got {weight.dim()}-D")
     torch._check(dtype in DTYPES, lambda: f"{op}: dtype must be fp32, bf16, int8 or int4, got {dtype}")
     torch._check(layout in ("auto", *LAYOUTS), lambda: f"{op}: layout must be auto, sparse or dense, got {layout}")
@@ -158,7 +129,7 @@ def _check_pack(
         torch._check(
             grid is None or (tuple(grid.shape) == (weight.shape[0], groups) and grid.dtype == torch.float32),
             lambda name=name, grid=grid: (
-                f"{op}: {name} must be float32 ({weight.shape[0]}, {groups}), got {grid.dim()}-D {_type_name(grid.dtype)} "
+                f"{op}: {name} must be float32 ({weight.shape[0]}, {groups}), got {grid.dim()}-D {type_name(grid.dtype)} "
                 f"with {grid.numel()} elements"
             ),
         )
@@ -642,7 +613,7 @@ def linear(
 
 def _check_linear(input: Tensor, packed: Tensor, bias: Tensor | None, out_features: int, activation_group: int, stream_rows: int) -> None:
     op = "sparse_linear"
-    _check_float(op, "input", input)
+    check_float(op, "input", input)
     torch._check(input.dim() >= 1, lambda: f"{op}: input must have at least one dimension, got a scalar")
     torch._check(activation_group in (32, 64), lambda: f"{op}: activation_group must be 32 or 64, got {activation_group}")
     torch._check(stream_rows >= 0, lambda: f"{op}: stream_rows must be 0 or more, got {stream_rows}")
@@ -652,7 +623,7 @@ def _check_linear(input: Tensor, packed: Tensor, bias: Tensor | None, out_featur
             bias.dim() == 1 and bias.shape[0] == out_features,
             lambda: f"{op}: bias must be 1-D with {out_features} elements, got {bias.dim()}-D with {bias.numel()}",
         )
-        _check_float(op, "bias", bias)
+        check_float(op, "bias", bias)
 
 
 def _linear_fake(

@@ -9,13 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..core.checks import FLOATS
 from ..core.progress import bar
 from ..core.swap import Filter, Names, select, shared_parameters
 from .blocks import Item, Replay, calibrating, find_stacks, repeated
 from .calibration import Gram
 from .grid import QuantizationGrid, nearest
 from .obs import inverse_factor, surgery
-from .ops import FLOATS
 from .prune_config import PruneConfig
 from .pruning import magnitude_mask, parse_pattern, wanda_mask
 from .resume import Resume, put_weights

@@ -4,11 +4,11 @@ from typing import cast
 
 from torch import nn
 
+from ..core.checks import FLOATS
 from ..core.swap import Filter, Names, handles, replace, select, shared_parameters
 from .config import SparseLinearConfig
 from .conv1d import SparseConv1D, conv1d_class
 from .modules import SparseLinear
-from .ops import FLOATS
 
 
 def layer_classes() -> tuple[type[nn.Module], ...]:

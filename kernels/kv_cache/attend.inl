@@ -1,0 +1,1 @@
+// The body of attend.h, for every instruction set.

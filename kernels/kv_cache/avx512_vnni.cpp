@@ -1,0 +1,26 @@
+// AVX-512 VNNI: int8 pages, multiplied as integers; VPOPCNTDQ.
+#include <algorithm>
+#include <array>
+#include <bit>
+#include <cmath>
+#include <limits>
+
+#include <immintrin.h>
+
+#include "attend.h"
+#include "prefill.h"
+#include "select.h"
+#include "../common/region_avx512_vnni.h"
+
+namespace tce::kv_cache::avx512_vnni {
+
+constexpr int kVectorBytes = 64;
+#include "../common/vectors.inl"
+#include "../common/attention.inl"
+#include "attend.inl"
+#include "prefill.inl"
+#include "select.inl"
+
+}  // namespace tce::kv_cache::avx512_vnni
+
+#include "../common/region_end.h"

@@ -1,0 +1,1 @@
+// The body of prefill.h, for every instruction set.

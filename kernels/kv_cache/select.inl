@@ -1,0 +1,1 @@
+// The body of select.h, for every instruction set.

@@ -1,0 +1,1 @@
+"""Attention of a prompt, with the scores of its tokens: schema, fake and reference."""
