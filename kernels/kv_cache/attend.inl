@@ -80,13 +80,27 @@ static void convert(const float* from, int64_t count, typename T::X* to) {
   for (int64_t i = 0; i < count; i += kLanes) T::put(to + i, load_vector(from + i));
 }
 
+// Rows of a page in memory. To ask for pages that are wanted later made reading slower: on Zen 4 the hardware's own prefetching alone is as
+// fast as it gets.
+struct StreamRows {
+  const uint8_t* at;
+
+  template <int U>
+  void take(Row (&row)[U]) {
+    for (int u = 0; u < U; ++u, at += kRowBytes) {
+      ahead(at);
+      row[u] = load_row(at);
+    }
+  }
+};
+
 // Pages that are multiplied as they are.
 template <typename T, typename K>
 static void score_plain(const Work<K>& w, const typename T::X* q, float* scores) {
   for (int64_t i = w.first; i < w.last; ++i) {
-    const uint8_t *page = w.key(i), *other = w.value(i);
+    const uint8_t* page = w.key(i);
     for_rows<T>(w.a.rows, [&]<int M>(int64_t r) {
-      score_rows<T, M>(FarRows{page, other}, w.a.dim / T::kLane, q + r * w.a.dim, w.a.dim,
+      score_rows<T, M>(StreamRows{page}, w.a.dim / T::kLane, q + r * w.a.dim, w.a.dim,
                        scores + r * kPartTokens + (i - w.first) * kPageTokens, kPartTokens);
     });
   }
