@@ -54,6 +54,7 @@ static void score_int4(const Work<K>& w, uint16_t* room, float* scores) {
   const int64_t d = w.a.dim;
   for (int64_t i = w.first; i < w.last; ++i) {
     const uint8_t *page = w.key(i), *other = w.value(i);
+    w.ask_next(page, i, Kind::key);
     for_rows<typename K::Bf16>(w.a.rows, [&]<int M>(int64_t r) {
       score_page_int4<M>(page, other, d, w.q + r * d, room + r * d, scores + r * kPartTokens + (i - w.first) * kPageTokens);
     });

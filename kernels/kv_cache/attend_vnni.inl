@@ -72,6 +72,7 @@ static void score_int8(const Work<K>& w, uint8_t* room, float* scores) {
   }
   for (int64_t i = w.first; i < w.last; ++i) {
     const uint8_t *page = w.key(i), *other = w.value(i);
+    w.ask_next(page, i, Kind::key);
     for_rows<typename K::Bf16>(rows, [&]<int M>(int64_t r) {
       score_page_int8<M>(page, other, d, q + r * d, step + r, sum + r, scores + r * kPartTokens + (i - w.first) * kPageTokens);
     });
