@@ -51,7 +51,7 @@ struct Order {
   int64_t size() const { return end - begin; }
 };
 
-inline int64_t order_bytes(int64_t size, int64_t words) { return round_up(words * 8 + (64 * words + 1) * 4 + size * 2, 64); }
+inline int64_t order_bytes(int64_t size, int64_t words) { return round_up(words * 8 + 4 * (64 * words + 1) * 4 + size * 6, 64); }
 
 // One KV head's choice. Bitmaps are over the evictable units.
 struct Choice {

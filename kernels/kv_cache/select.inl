@@ -55,61 +55,100 @@ static void for_bits(uint64_t bits, const F& f) {
 
 // ------------------------------------------------------------------------------------------------------------------------------ threshold
 
-constexpr int64_t kDigits = 2048;
+// Which keys are from `low` to `low + last`.
+static Integers within(Integers key, int32_t low, uint32_t last) {
+  using Unsigned = uint32_t __attribute__((vector_size(kVectorBytes)));
+  return reinterpret_cast<Unsigned>(key) - static_cast<uint32_t>(low) <= last;
+}
 
-// The digit in which the count-th largest lies; takes from `count` what lies above.
-static int64_t find_digit(const uint32_t (*histogram)[kDigits], int64_t& count) {
-  int64_t digit = kDigits - 1;
-  for (; digit > 0; --digit) {
-    const int64_t here = static_cast<int64_t>(histogram[0][digit]) + histogram[1][digit];
-    if (here >= count) break;
-    count -= here;
+// A key, and how many scores that have it are among the largest.
+struct Found {
+  int32_t key;
+  int64_t equal;
+};
+
+// The key of the count-th largest of the scores whose keys are from `low` to `low + last`, 11 bits of it at a time.
+static Found narrow(const float* score, int64_t begin, int64_t end, int64_t count, int32_t low, uint32_t last) {
+  using Unsigned = uint32_t __attribute__((vector_size(kVectorBytes)));
+  constexpr int digit_bits = 11;
+  uint32_t histogram[2][1 << digit_bits];  // two, as neighbours are often alike, and adding to one number twice in a row takes long
+  while (last > 0) {
+    const int shift = std::max(0, static_cast<int>(std::bit_width(last)) - digit_bits);
+    const uint32_t digits = (last >> shift) + 1;
+    for (auto& table : histogram) std::fill(table, table + digits, 0);
+    for_blocks(score, begin, end, [&](int64_t, const float* scores, int64_t size) {
+      uint32_t digit[kBlock];
+      const uint64_t bits = block_bits(scores, size, [&](Integers key, int64_t i) {
+        const Unsigned shifted = (reinterpret_cast<Unsigned>(key) - static_cast<uint32_t>(low)) >> shift;
+        std::memcpy(digit + i, &shifted, sizeof(shifted));
+        return within(key, low, last);
+      });
+      if (bits == ~uint64_t{0}) {
+        for (int64_t i = 0; i < kBlock; ++i) ++histogram[i % 2][digit[i]];
+      } else {
+        for_bits(bits, [&](int i) { ++histogram[i % 2][digit[i]]; });
+      }
+    });
+    uint32_t digit = digits - 1;
+    int64_t here = histogram[0][digit] + histogram[1][digit];
+    for (; here < count && digit > 0; here = histogram[0][digit] + histogram[1][digit]) {
+      count -= here;
+      --digit;
+    }
+    low = static_cast<int32_t>(static_cast<uint32_t>(low) + (digit << shift));
+    if (here == count) return {low - 1, 0};
+    last = (uint32_t{1} << shift) - 1;
   }
-  return digit;
+  return {low, count};
+}
+
+// The same over all keys. Where there are many scores, a sample says between which keys the result lies in all likelihood; then only the
+// scores between them need a histogram.
+static Found find(const float* score, int64_t begin, int64_t end, int64_t count) {
+  constexpr uint32_t all = 2u * kInfinity + 1;
+  constexpr int64_t least = 4096, most_samples = 4096, room = 8192;
+  const int64_t size = end - begin;
+  if (size < least) return narrow(score, begin, end, count, kNan, all);
+  float buffer[room + kBlock];
+  const int64_t samples = std::min(size / 32, most_samples), step = size / samples, rank = count * samples / size;
+  for (int64_t i = 0; i < samples; ++i) buffer[i] = score[begin + i * step];
+  // 3.2 standard deviations of the rank of a median, which is the worst case.
+  const int64_t margin = static_cast<int64_t>(1.6f * std::sqrt(static_cast<float>(samples))) + 1;
+  const int32_t high = rank - margin < 1 ? kInfinity : narrow(buffer, 0, samples, rank - margin, kNan, all).key + 1;
+  const int32_t low = rank + margin > samples ? kNan : narrow(buffer, 0, samples, rank + margin, kNan, all).key;
+  const uint32_t last = static_cast<uint32_t>(high) - static_cast<uint32_t>(low);
+  int64_t above = 0, between = 0;
+  for_blocks(score, begin, end, [&](int64_t, const float* scores, int64_t n) {
+    uint64_t higher = 0;
+    const uint64_t bits = block_bits(scores, n, [&](Integers key, int64_t i) {
+      higher |= static_cast<uint64_t>(lane_bits(key > high)) << i;
+      return within(key, low, last);
+    });
+    above += std::popcount(higher & lowest(n));
+    if (between <= room) {
+      float* next = buffer + between;
+      for_bits(bits, [&](int i) { *next++ = scores[i]; });
+    }
+    between += std::popcount(bits);
+  });
+  if (count <= above || count > above + between) return narrow(score, begin, end, count, kNan, all);
+  if (between > room) return narrow(score, begin, end, count - above, low, last);
+  return narrow(buffer, 0, between, count - above, low, last);
 }
 
 static Threshold threshold(const float* score, int64_t begin, int64_t end, int64_t count) {
   if (count <= 0) return {INT32_MAX, 0};
   if (count >= end - begin) return {kNan - 1, 0};
-  uint32_t histogram[2][kDigits] = {};  // two, as neighbours are often equal and adding to one number twice in a row takes long
-  for_blocks(score, begin, end, [&](int64_t, const float* scores, int64_t size) {
-    int32_t digits[kBlock];
-    for (int64_t i = 0; i < kBlock; i += kLanes) {
-      const Integers digit = (keys(scores + i) >> 21) + 1024;
-      std::memcpy(digits + i, &digit, sizeof(digit));
-    }
-    for (int64_t i = 0; i + 2 <= size; i += 2) {
-      ++histogram[0][digits[i]];
-      ++histogram[1][digits[i + 1]];
-    }
-    if (size % 2) ++histogram[0][digits[size - 1]];
-  });
-  int32_t prefix = static_cast<int32_t>(find_digit(histogram, count)) - 1024;
-  for (const auto [shift, width] : {std::array{10, 11}, std::array{0, 10}}) {
-    std::memset(histogram, 0, sizeof(histogram));
-    for_blocks(score, begin, end, [&](int64_t, const float* scores, int64_t size) {
-      for_bits(block_bits(scores, size, [&](Integers key, int64_t) { return key >> (shift + width) == prefix; }), [&](int i) {
-        int32_t bits;
-        std::memcpy(&bits, scores + i, 4);
-        const int32_t key = (bits & 0x7fffffff) > kInfinity ? kNan : bits < 0 ? -(bits & 0x7fffffff) : bits;
-        ++histogram[0][key >> shift & ((1 << width) - 1)];
-      });
-    });
-    const int32_t digit = static_cast<int32_t>(find_digit(histogram, count));
-    prefix = static_cast<int32_t>(static_cast<uint32_t>(prefix) << width) | digit;
-  }
-  // `count` of the scores with the key `prefix` are wanted: the first ones.
-  int64_t cut = end;
-  int64_t left = count;
-  for (int64_t at = begin; at < end && left > 0; at += kBlock) {
+  auto [key, equal] = find(score, begin, end, count);
+  int64_t cut = 0;
+  for (int64_t at = begin; equal > 0; at += kBlock)
     for_blocks(score, at, std::min(at + kBlock, end), [&](int64_t, const float* scores, int64_t size) {
-      const uint64_t bits = block_bits(scores, size, [&](Integers key, int64_t) { return key == prefix; });
+      const uint64_t bits = block_bits(scores, size, [&](Integers key_here, int64_t) { return key_here == key; });
       const int64_t here = std::popcount(bits);
-      if (here >= left) cut = at + nth_bit(bits, left - 1) + 1;
-      left -= here;
+      if (here >= equal) cut = at + nth_bit(bits, equal - 1) + 1;
+      equal -= here;
     });
-  }
-  return {prefix, cut};
+  return {key, cut};
 }
 
 // ----------------------------------------------------------------------------------------------------------------------------------- sign
@@ -181,7 +220,10 @@ static uint64_t majority(const Order& o, int64_t word) {
     const int64_t end = std::min(at + 255 * lanes, size);
     for (int64_t i = at; i < end; i += lanes) {
       uint64_t carry[lanes] = {};
-      for (int64_t lane = 0; lane < std::min(lanes, end - i); ++lane) carry[lane] = words[(i + lane) * o.words];
+      if (o.words == 1 && i + lanes <= end)
+        std::memcpy(carry, words + i, sizeof(carry));
+      else
+        for (int64_t lane = 0; lane < std::min(lanes, end - i); ++lane) carry[lane] = words[(i + lane) * o.words];
       for (int64_t p = 0; p < planes; ++p)
         for (int64_t lane = 0; lane < lanes; ++lane) {
           const uint64_t both = plane[p][lane] & carry[lane];
@@ -216,33 +258,49 @@ static uint64_t anchor_word(const Order& o, int64_t number, int64_t word) {
   return 0;
 }
 
+// Calls f(part, place of the source) for all `size` places, `kParts` parts of them in turn: what one part counts does not wait for another.
+constexpr int64_t kParts = 4;
+template <typename F>
+static void in_parts(int64_t size, const F& f) {
+  const int64_t each = size / kParts;
+  for (int64_t i = 0; i < each; ++i)
+    for (int64_t part = 0; part < kParts; ++part) f(part, part * each + i);
+  for (int64_t i = kParts * each; i < size; ++i) f(kParts - 1, i);
+}
+
 // Counting sort by each distance, the last one first.
 static void order(const Order& o) {
   const int64_t size = o.size(), bins = 64 * o.words + 1;
   uint64_t* anchor = reinterpret_cast<uint64_t*>(o.scratch);
-  uint32_t* place = reinterpret_cast<uint32_t*>(anchor + o.words);
-  uint16_t* distance = reinterpret_cast<uint16_t*>(place + bins);
+  uint32_t* place = reinterpret_cast<uint32_t*>(anchor + o.words);  // (bins, kParts)
+  uint32_t* spare = place + bins * kParts;
+  uint16_t* distance = reinterpret_cast<uint16_t*>(spare + size);
   const uint64_t* signature = o.signature + o.begin * o.words;
   for (int64_t number = o.anchors - 1; number >= 0; --number) {
     for (int64_t word = 0; word < o.words; ++word) anchor[word] = anchor_word(o, number, word);
-    std::fill(place, place + bins, 0);
-    for (int64_t i = 0; i < size; ++i) {
-      int sum = 0;
-      for (int64_t word = 0; word < o.words; ++word) sum += std::popcount(signature[i * o.words + word] ^ anchor[word]);
-      distance[i] = static_cast<uint16_t>(sum);
+    if (o.words == 1) {
+      const uint64_t only = anchor[0];
+      for (int64_t i = 0; i < size; ++i) distance[i] = static_cast<uint16_t>(std::popcount(signature[i] ^ only));
+    } else {
+      for (int64_t i = 0; i < size; ++i) {
+        int sum = 0;
+        for (int64_t word = 0; word < o.words; ++word) sum += std::popcount(signature[i * o.words + word] ^ anchor[word]);
+        distance[i] = static_cast<uint16_t>(sum);
+      }
     }
-    for (int64_t i = 0; i < size; ++i) ++place[distance[i]];
+    uint32_t* to = number % 2 ? spare : o.order;  // the last one, number 0, goes to o.order
+    const uint32_t* from = number == o.anchors - 1 ? nullptr : number % 2 ? o.order : spare;
+    const auto unit = [&](int64_t i) { return from ? from[i] : static_cast<uint32_t>(i); };
+    std::fill(place, place + bins * kParts, 0);
+    in_parts(size, [&](int64_t part, int64_t i) { ++place[distance[unit(i)] * kParts + part]; });
     uint32_t before = 0;
-    for (int64_t bin = 0; bin < bins; ++bin) before += std::exchange(place[bin], before);
-    uint32_t* to = number % 2 ? o.rank : o.order;  // the last one, number 0, goes to o.order
-    const uint32_t* from = number % 2 ? o.order : o.rank;
-    const bool sorted = number != o.anchors - 1;
-    for (int64_t i = 0; i < size; ++i) {
-      const uint32_t unit = sorted ? from[i] : static_cast<uint32_t>(i);
-      to[place[distance[unit]]++] = unit;
-    }
+    for (int64_t i = 0; i < bins * kParts; ++i) before += std::exchange(place[i], before);
+    in_parts(size, [&](int64_t part, int64_t i) {
+      const uint32_t which = unit(i), at = place[distance[which] * kParts + part]++;
+      to[at] = which;
+      o.rank[which] = at;
+    });
   }
-  for (int64_t i = 0; i < size; ++i) o.rank[o.order[i]] = static_cast<uint32_t>(i);
 }
 
 // --------------------------------------------------------------------------------------------------------------------------------- choose
