@@ -321,53 +321,91 @@ class Steps {
   int64_t value_, rest_, step_, step_rest_, divisor_;
 };
 
-static void choose(const Choice& c) {
+// Lists the set bits of bitmap(0), bitmap(1), ...; returns how many they are. Eight at a time, whether they are there or not, since a loop
+// that ends with the bits is guessed wrong at nearly every word; `list` has room for that.
+constexpr int64_t kAtOnce = 8;
+template <typename F>
+static int64_t list_bits(int64_t words, const F& bitmap, uint32_t* list) {
   int64_t count = 0;
-  const auto keep = [&](int64_t unit, uint8_t kind, int64_t members) {
-    c.index[count] = static_cast<int32_t>(unit);
-    c.kind[count] = kind;
-    c.members[count++] = static_cast<float>(members);
-  };
-  for (int64_t unit = c.first; unit < c.begin; ++unit) keep(unit, 0, 1);
-  if (c.all) {
-    for (int64_t unit = c.begin; unit < c.end; ++unit) keep(unit, 1, 1);
-  } else {
-    const int64_t size = c.end - c.begin, blocks = divide_up(size, kBlock), candidates = size - c.important;
-    uint64_t* important = reinterpret_cast<uint64_t*>(c.scratch);
-    uint64_t *taken = important + blocks, *representative = taken + blocks, *larger = representative + blocks;
-    for_blocks(c.score, c.begin, c.end, [&](int64_t at, const float* scores, int64_t n) {
-      important[(at - c.begin) / kBlock] = block_bits(scores, n, [&](Integers key, int64_t i) { return among(key, c.threshold, at + i); });
-    });
-    std::fill(taken, taken + 3 * blocks, 0);
-    if (c.representatives > 0) {
-      // `taken` is over places in the order: the important ones are no candidates. Representatives are searched by counting its zeros.
-      for (int64_t block = 0; block < blocks; ++block)
-        for_bits(important[block], [&](int i) {
-          const uint32_t place = c.rank[block * kBlock + i];
-          taken[place / kBlock] |= uint64_t{1} << place % kBlock;
-        });
-      Steps picks(candidates, 2 * candidates, 2 * c.representatives), edges(candidates, candidates, c.representatives);
-      const int64_t least = candidates / c.representatives;
-      int64_t block = 0, passed = 0, edge = 0;
-      for (int64_t i = 0; i < c.representatives; ++i) {
-        const int64_t pick = picks.next(), next_edge = edges.next();
-        for (int64_t here = kBlock - std::popcount(taken[block]); passed + here <= pick; here = kBlock - std::popcount(taken[++block]))
-          passed += here;
-        const uint32_t unit = c.order[block * kBlock + nth_bit(~taken[block], pick - passed)];
-        representative[unit / kBlock] |= uint64_t{1} << unit % kBlock;
-        larger[unit / kBlock] |= static_cast<uint64_t>(next_edge - edge > least) << unit % kBlock;
-        edge = next_edge;
-      }
-      for (int64_t i = 0; i < blocks; ++i)
-        for_bits(important[i] | representative[i], [&](int bit) {
-          const int64_t is = representative[i] >> bit & 1, more = larger[i] >> bit & 1;
-          keep(c.begin + i * kBlock + bit, static_cast<uint8_t>(1 + is), is ? least + more : 1);
-        });
-    } else {
-      for (int64_t i = 0; i < blocks; ++i) for_bits(important[i], [&](int bit) { keep(c.begin + i * kBlock + bit, 1, 1); });
+  for (int64_t word = 0; word < words; ++word) {
+    uint64_t bits = bitmap(word);
+    const int64_t here = std::popcount(bits);
+    for (int64_t done = 0; done < here; done += kAtOnce)
+      for (int64_t i = 0; i < kAtOnce; ++i, bits &= bits - 1)
+        list[count + done + i] = static_cast<uint32_t>(word * kBlock + std::countr_zero(bits));
+    count += here;
+  }
+  return count;
+}
+
+// Chooses among the evictable units and writes those kept, from the given place of the results on; returns how many they are.
+static int64_t choose_evictable(const Choice& c, int64_t at) {
+  const int64_t size = c.end - c.begin, blocks = divide_up(size, kBlock), candidates = size - c.important;
+  uint64_t* kept = reinterpret_cast<uint64_t*>(c.scratch);
+  uint64_t* taken = kept + blocks;
+  uint32_t* before = reinterpret_cast<uint32_t*>(taken + blocks);
+  uint32_t* picked = before + blocks;
+  uint32_t* list = picked + c.representatives;
+  for_blocks(c.score, c.begin, c.end, [&](int64_t unit, const float* scores, int64_t n) {
+    kept[(unit - c.begin) / kBlock] = block_bits(scores, n, [&](Integers key, int64_t i) { return among(key, c.threshold, unit + i); });
+  });
+  const auto word_kept = [&](int64_t block) { return kept[block]; };
+  if (c.representatives > 0) {
+    // `taken` is over places in the order: the important units are no candidates. Representatives are found by counting its zeros.
+    std::fill(taken, taken + blocks, 0);
+    const int64_t important = list_bits(blocks, word_kept, list);
+    for (int64_t i = 0; i < important; ++i) {
+      const uint32_t place = c.rank[list[i]];
+      taken[place / kBlock] |= uint64_t{1} << place % kBlock;
+    }
+    Steps picks(candidates, 2 * candidates, 2 * c.representatives);
+    int64_t block = 0, passed = 0;
+    for (int64_t i = 0; i < c.representatives; ++i) {
+      const int64_t pick = picks.next();
+      for (int64_t here = kBlock - std::popcount(taken[block]); passed + here <= pick; here = kBlock - std::popcount(taken[++block]))
+        passed += here;
+      picked[i] = c.order[block * kBlock + nth_bit(~taken[block], pick - passed)];
+      kept[picked[i] / kBlock] |= uint64_t{1} << picked[i] % kBlock;
     }
   }
-  for (int64_t unit = c.end; unit < c.length; ++unit) keep(unit, 0, 1);
+  const int64_t count = list_bits(blocks, word_kept, list);
+  for (int64_t i = 0; i < count; ++i) c.index[at + i] = static_cast<int32_t>(c.begin + list[i]);
+  std::fill(c.kind + at, c.kind + at + count, uint8_t{1});
+  std::fill(c.members + at, c.members + at + count, 1.0f);
+  if (c.representatives > 0) {
+    uint32_t sum = 0;
+    for (int64_t block = 0; block < blocks; ++block) {
+      before[block] = sum;
+      sum += std::popcount(kept[block]);
+    }
+    Steps edges(candidates, candidates, c.representatives);
+    int64_t edge = 0;
+    for (int64_t i = 0; i < c.representatives; ++i) {
+      const int64_t next = edges.next();
+      const uint32_t block = picked[i] / kBlock;
+      const int64_t place = at + before[block] + std::popcount(kept[block] & ((uint64_t{1} << picked[i] % kBlock) - 1));
+      c.kind[place] = 2;
+      c.members[place] = static_cast<float>(next - std::exchange(edge, next));
+    }
+  }
+  return count;
+}
+
+static void choose(const Choice& c) {
+  int64_t count = 0;
+  const auto keep = [&](int64_t begin, int64_t end, uint8_t kind) {
+    for (int64_t unit = begin; unit < end; ++unit, ++count) {
+      c.index[count] = static_cast<int32_t>(unit);
+      c.kind[count] = kind;
+      c.members[count] = 1;
+    }
+  };
+  keep(c.first, c.begin, 0);
+  if (c.all)
+    keep(c.begin, c.end, 1);
+  else
+    count += choose_evictable(c, count);
+  keep(c.end, c.length, 0);
   *c.count = count;
   std::fill(c.index + count, c.index + c.most, -1);
   std::fill(c.kind + count, c.kind + c.most, uint8_t{255});
