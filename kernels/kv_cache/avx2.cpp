@@ -21,6 +21,8 @@ constexpr int kVectorBytes = 32;
 #include "prefill.inl"
 #include "select.inl"
 
+PrefillVariant prefill() { return prefill_variant<PlainFloats<4, 1>>(); }
+
 }  // namespace tce::kv_cache::avx2
 
 #include "../common/region_end.h"

@@ -21,6 +21,8 @@ constexpr int kVectorBytes = 64;
 #include "prefill.inl"
 #include "select.inl"
 
+PrefillVariant prefill() { return prefill_variant<PlainFloats<4, 4>>(); }
+
 }  // namespace tce::kv_cache::avx512
 
 #include "../common/region_end.h"

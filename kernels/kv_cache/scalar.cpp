@@ -18,4 +18,6 @@ constexpr int kVectorBytes = 16;
 #include "prefill.inl"
 #include "select.inl"
 
+PrefillVariant prefill() { return prefill_variant<PlainFloats<2, 1>>(); }
+
 }  // namespace tce::kv_cache::scalar
