@@ -156,9 +156,12 @@ static void add_all_values(const uint8_t* values, int64_t tokens, int64_t d, con
 
 // -------------------------------------------------------------------------------------------------------------------------------- softmax
 
-// Products of one query with some tokens become scores, to be multiplied by what is returned. `biases`: those of the tokens, or null.
+// Softmax is computed in powers of two: a score is what is exponentiated, times this.
+constexpr float kLog2E = 1.44269504f;
+
+// Products of one query with some tokens become scores once multiplied by what is returned. `biases`: those of the tokens, or null.
 static float finish_scores(const Prompt& p, float* scores, int64_t width, const float* biases) {
-  if (p.cap == 0 && !biases && p.scale > 0) return p.scale;
+  if (p.cap == 0 && !biases && p.scale > 0) return p.scale * kLog2E;
   const float narrow = p.cap != 0 ? 2 / p.cap : 0;
   for (int64_t i = 0; i < width; i += kLanes) {
     Vector score = load_vector(scores + i) * p.scale;
@@ -166,7 +169,7 @@ static float finish_scores(const Prompt& p, float* scores, int64_t width, const 
     if (biases) score += load_vector(biases + i);
     store_vector(scores + i, score);
   }
-  return 1;
+  return kLog2E;
 }
 
 static Integers lane_numbers() {
@@ -175,15 +178,8 @@ static Integers lane_numbers() {
   return lanes;
 }
 
-// The softmax of a query so far.
-struct Softmax {
-  float largest, total;
-};
-
-// The weights of the first `seen` of `width` tokens, 0 for the others, from their scores; in the same place. Returns what sums of values
-// so far are to be multiplied with.
-template <typename T>
-static float weigh_more(float* scores, typename T::X* weights, int64_t seen, int64_t width, float factor, Softmax& softmax) {
+// The largest of the first `seen` scores. Those behind them become -inf up to the next whole vector.
+static float largest_score(float* scores, int64_t seen) {
   constexpr float none = -__builtin_inff();
   Vector most = Vector{} + none;
   int64_t i = 0;
@@ -192,24 +188,26 @@ static float weigh_more(float* scores, typename T::X* weights, int64_t seen, int
     most = score > most ? score : most;
   }
   if (i < seen) {
-    Vector score = load_vector(scores + i);
-    score = lane_numbers() < static_cast<int32_t>(seen - i) ? score : Vector{} + none;
+    const Vector score = lane_numbers() < static_cast<int32_t>(seen - i) ? load_vector(scores + i) : Vector{} + none;
     most = score > most ? score : most;
     store_vector(scores + i, score);
-    i += kLanes;
   }
-  const int64_t end = i;
-  const float largest = std::max(softmax.largest, max_lanes(most) * factor), base = largest == none ? 0 : largest;
+  return max_lanes(most);
+}
+
+// Weights in the place of scores: of the first `seen` tokens, up to the next whole vector, 0 for the others up to `width`. Returns their
+// sum.
+template <typename T>
+static float weigh_scores(float* scores, typename T::X* weights, int64_t seen, int64_t width, float factor, float base) {
   Vector sum = {};
-  for (i = 0; i < end; i += kLanes) {
-    const Vector weight = exponential_up_to_88(load_vector(scores + i) * factor - base);
+  int64_t i = 0;
+  for (; i < seen; i += kLanes) {
+    const Vector weight = power_of_two(load_vector(scores + i) * factor - base);
     sum += weight;
     T::put(weights + i, weight);
   }
   for (; i < width; i += kLanes) T::put(weights + i, Vector{});
-  const float shrink = exponential_up_to_88(Vector{} + (softmax.largest - base))[0];
-  softmax = {largest, softmax.total * shrink + sum_lanes(sum)};
-  return shrink;
+  return sum_lanes(sum);
 }
 
 // ----------------------------------------------------------------------------------------------------------------------------------- tile
@@ -232,19 +230,20 @@ static void attend_tile(const Prompt& p, int64_t head, int64_t tile) {
   if (begin >= end) return;
 
   // Row r is the query of head r % g at position begin + r / g. The last few may be no queries at all.
-  const int64_t rows = (end - begin) * g, all = round_up(rows, T::kRows);
-  const int64_t q_bytes = round_up(all * d * sizeof(X), 64), near = std::min(round_up(kNearRows, T::kRows), all);
-  const Scratch scratch(q_bytes + (near * kStretchTokens + all * (d + 1)) * 4 + all * sizeof(Softmax));
+  const int64_t rows = (end - begin) * g, all = round_up(rows, kNearRows);
+  const int64_t q_bytes = all * d * sizeof(X);
+  const Scratch scratch(q_bytes + (kNearRows * (kStretchTokens + 1) + all * (d + 2)) * 4);
   X* q = reinterpret_cast<X*>(scratch.get());
-  float *scores = reinterpret_cast<float*>(scratch.get() + q_bytes), *sums = scores + near * kStretchTokens, *shrink = sums + all * d;
-  Softmax* softmax = reinterpret_cast<Softmax*>(shrink + all);
+  float *scores = reinterpret_cast<float*>(scratch.get() + q_bytes), *sums = scores + kNearRows * kStretchTokens;
+  float *largest = sums + all * d, *total = largest + all, *shrink = total + all;
   X* weights = reinterpret_cast<X*>(scores);
   constexpr int64_t stride = kStretchTokens * 4 / sizeof(X);
   for (int64_t r = 0; r < rows; ++r)
     load_elements(vector_at(p, p.q, b, h * g + r % g, live.skipped + begin + r / g), p.type, d, q + r * d);
   std::memset(q + rows * d, 0, (all - rows) * d * sizeof(X));
   std::memset(sums, 0, all * d * 4);
-  std::fill_n(softmax, all, Softmax{none, 0});
+  std::fill_n(largest, all, none);
+  std::fill_n(total, all, 0.0f);
 
   const uint8_t* keys = p.keys + head * p.blocks() * packed_bytes<T>(d);
   const uint8_t* values = p.values + head * p.blocks() * packed_bytes<T>(d);
@@ -255,29 +254,42 @@ static void attend_tile(const Prompt& p, int64_t head, int64_t tile) {
   };
   for (int64_t at = 0; at <= live.position(end - 1); at += kStretchTokens) {
     const uint8_t *k = keys + at / kBlockTokens * packed_bytes<T>(d), *v = values + at / kBlockTokens * packed_bytes<T>(d);
-    for (int64_t from = 0; from < all; from += near) {
-      const int64_t to = std::min(from + near, all);
-      for (int64_t r = from; r < to; r += T::kRows)
-        multiply_all_keys<T>(k, divide_up(seen(r + T::kRows - 1, at), kBlockTokens), d, q + r * d, scores + (r - from) * kStretchTokens,
-                             kStretchTokens);
-      for (int64_t r = from; r < to; ++r) {
-        const int64_t width = round_up(seen(r - r % T::kRows + T::kRows - 1, at), kBlockTokens);
-        float* mine = scores + (r - from) * kStretchTokens;
-        const float factor = finish_scores(p, mine, width, biases ? biases + at : nullptr);
-        shrink[r] = weigh_more<T>(mine, weights + (r - from) * stride, seen(r, at), width, factor, softmax[r]);
+    for (int64_t from = 0; from < rows; from += kNearRows) {
+      const int64_t to = std::min(from + kNearRows, round_up(rows, T::kRows));
+      float old[kNearRows], factor = 0;
+      std::memcpy(old, largest + from, sizeof(old));
+      for (int64_t r = from; r < to; r += T::kRows) {
+        const int64_t blocks = divide_up(seen(r + T::kRows - 1, at), kBlockTokens);
+        multiply_all_keys<T>(k, blocks, d, q + r * d, scores + (r - from) * kStretchTokens, kStretchTokens);
+        for (int64_t i = r; i < r + T::kRows; ++i) {
+          float* mine = scores + (i - from) * kStretchTokens;
+          factor = finish_scores(p, mine, blocks * kBlockTokens, biases ? biases + at : nullptr);
+          largest[i] = std::max(largest[i], largest_score(mine, seen(i, at)) * factor);
+        }
       }
-      for (int64_t r = from; r < to; r += T::kRows)
-        add_all_values<T>(v, round_up(seen(r + T::kRows - 1, at), T::kPair), d, weights + (r - from) * stride, stride, shrink + r,
-                          sums + r * d);
+      for (int64_t i = 0; i < kNearRows; i += kLanes) {
+        const Vector now = load_vector(largest + from + i), base = now > none ? now : Vector{};
+        store_vector(shrink + i, power_of_two(load_vector(old + i) - base));
+      }
+      for (int64_t r = from; r < to; r += T::kRows) {
+        const int64_t tokens = seen(r + T::kRows - 1, at), width = round_up(tokens, kBlockTokens);
+        for (int64_t i = r; i < r + T::kRows; ++i) {
+          const float base = largest[i] == none ? 0 : largest[i];
+          const float sum =
+              weigh_scores<T>(scores + (i - from) * kStretchTokens, weights + (i - from) * stride, seen(i, at), width, factor, base);
+          total[i] = total[i] * shrink[i - from] + sum;
+        }
+        add_all_values<T>(v, round_up(tokens, T::kPair), d, weights + (r - from) * stride, stride, shrink + (r - from), sums + r * d);
+      }
     }
   }
 
   for (int64_t r = 0; r < rows; ++r) {
     const int64_t at = (b * heads + h * g + r % g) * p.length + live.skipped + begin + r / g;
-    const float total = softmax[r].total, inverse = total == 0 ? 0 : 1 / total;
+    const float inverse = total[r] == 0 ? 0 : 1 / total[r];
     for (int64_t i = 0; i < d; i += kLanes) store_vector(sums + r * d + i, load_vector(sums + r * d + i) * inverse);
     store_elements(p.out, p.type, at * d, sums + r * d, d);
-    p.lse[at] = total == 0 ? none : softmax[r].largest + std::log(total);
+    p.lse[at] = total[r] == 0 ? none : static_cast<float>(largest[r] * 0.69314718055994531 + std::log(double{total[r]}));
   }
 }
 
@@ -318,9 +330,10 @@ static void score_part(const Prompt& p, int64_t head, int64_t part) {
         const float factor = finish_scores(p, mine, blocks * kBlockTokens, biases);
         const float lse = p.lse[(head * p.group + j) * p.length + live.skipped + query(r)];
         if (lse == -__builtin_inff()) continue;  // it sees nothing
+        const float base = lse * kLog2E;
         const Integers lanes = lane_numbers();
         for (int64_t t = 0; t < blocks * kBlockTokens; t += kLanes) {
-          const Vector weight = exponential_up_to_88(load_vector(mine + t) * factor - lse);
+          const Vector weight = power_of_two(load_vector(mine + t) * factor - base);
           const Vector kept = lanes < static_cast<int32_t>(seen(r) - t) ? weight : Vector{};
           store_vector(column + t, load_vector(column + t) + kept);
         }
