@@ -23,6 +23,15 @@ constexpr int kVectorBytes = 64;
 static unsigned lane_bits(Integers mask) { return _mm512_movepi32_mask(reinterpret_cast<__m512i>(mask)); }
 static int64_t nth_bit(uint64_t bits, int64_t n) { return std::countr_zero(_pdep_u64(uint64_t{1} << n, bits)); }
 #include "select.inl"
+#include "attend_vnni.inl"
+
+struct Attend {
+  using Bf16 = Exact<4, 8>;
+  using Fp32 = Singles<4, 8>;
+  static constexpr bool kInt8 = true, kInt4 = false;
+};
+
+AttendVariant attend() { return attend_variant<Attend>(); }
 
 }  // namespace tce::kv_cache::avx512_vnni
 
