@@ -18,7 +18,6 @@ constexpr int kVectorBytes = 64;
 #include "../common/attention.inl"
 #include "attend.inl"
 #include "prefill.inl"
-#include "select.inl"
 #include "attend_vnni.inl"
 #include "attend_bf16.inl"
 

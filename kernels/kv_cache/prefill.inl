@@ -16,11 +16,10 @@ static const uint8_t* vector_at(const Prompt& p, const Vectors& v, int64_t batch
   return static_cast<const uint8_t*>(v.data) + at * (p.type == Float::fp32 ? 4 : 2);
 }
 
-static void load_elements(const uint8_t* from, Float, int64_t count, uint16_t* to) { std::memcpy(to, from, count * 2); }
-
-static void load_elements(const uint8_t* from, Float type, int64_t count, float* to) {
-  if (type == Float::fp32) {
-    std::memcpy(to, from, count * 4);
+template <typename X>
+static void load_elements(const uint8_t* from, Float type, int64_t count, X* to) {
+  if (type == (sizeof(X) == 4 ? Float::fp32 : Float::bf16)) {
+    std::memcpy(to, from, count * sizeof(X));
   } else if (type == Float::bf16) {
     for (int64_t i = 0; i < count; ++i) to[i] = load_float(from, Float::bf16, i);
   } else {
