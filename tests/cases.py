@@ -1636,6 +1636,8 @@ _DECODE = Case(
     ],
 )
 
+from cases_kv_prefill import PREFILL  # noqa: E402  (it needs what is above)
+
 CASES: dict[str, Case] = {
-    case.op: case for case in (_LINEAR, _GROUP_OP, _GATED, _PACK, _UNPACK, _CHECK, _COMPRESS, _EXPAND, _ATTEND, _DECODE)
+    case.op: case for case in (_LINEAR, _GROUP_OP, _GATED, _PACK, _UNPACK, _CHECK, _COMPRESS, _EXPAND, _ATTEND, _DECODE, PREFILL)
 }
