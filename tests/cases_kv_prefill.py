@@ -1,4 +1,4 @@
-"""The case of kv_cache_prefill for cases.py; its model is plain softmax in float64."""
+"""Attention of a prompt of kv_cache: a model in float64, one query after another."""
 
 import functools
 import itertools
@@ -6,10 +6,10 @@ import math
 
 import numpy as np
 import torch
+from case import Args, Bad, Case, Sample, replaced
 from torch import Tensor
 
-from cases import FLOATS, Args, Bad, Case, Sample, replaced
-
+FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 OP = "kv_cache_prefill"
 
 
@@ -122,7 +122,7 @@ def _sample(*shape: object, **options: object) -> Sample:
 
 @functools.cache
 def _samples() -> list[Sample]:
-    kinds, seeds = itertools.cycle(FLOATS.values()), itertools.count(50)
+    kinds, seeds = itertools.cycle(FLOATS), itertools.count(50)
     scores = itertools.cycle(
         ({}, {"window": 3, "pool": 3}, {"sample": 1}, {"sample": 3, "pool": 7}, {"window": 1000, "pool": 1001, "sign": True})
     )
@@ -134,14 +134,14 @@ def _samples() -> list[Sample]:
     for length in (1, 2, 15, 16, 17, 31, 32, 33, 64, 65):  # around blocks and tiles
         samples.append(_sample((1, 1, 4, length, 16), length, next(kinds), next(seeds), **next(scores)))
     for length, tokens in ((255, 255), (256, 256), (257, 257), (3, 513), (2, 1030), (70, 530)):  # around stretches and parts
-        for kind in FLOATS.values():
+        for kind in FLOATS:
             samples.append(_sample((1, 1, 2, length, 32), tokens, kind, next(seeds), **next(scores)))
-    for kind, junk, bias in itertools.product(FLOATS.values(), (False, True), (False, True)):
+    for kind, junk, bias in itertools.product(FLOATS, (False, True), (False, True)):
         for length, tokens in ((20, 20), (5, 40), (40, 300)):
             options = next(scores) | {"first": True, "junk": junk, "bias": bias, "softcap": 2.0 * bias}
             samples.append(_sample((2, 2, 2, length, 32), tokens, kind, next(seeds), **options))
     for options in ({"scale": -0.3}, {"scale": 0.0}, {"large": 100.0}, {"large": 100.0, "softcap": 30.0}, {"large": 1e-3, "softcap": 0.5}):
-        for kind in FLOATS.values():
+        for kind in FLOATS:
             samples.append(_sample((1, 2, 2, 37, 64), 300, kind, next(seeds), window=9, pool=5, **options))
     for shape, tokens in (((0, 1, 2, 3, 16), 3), ((1, 1, 2, 0, 16), 0), ((1, 1, 2, 0, 16), 20), ((1, 2, 0, 4, 16), 20)):
         samples.append(_sample(shape, tokens, torch.float32, next(seeds), window=2, pool=3, sign=True))
@@ -160,7 +160,7 @@ def _few() -> list[Sample]:
     ]
 
 
-PREFILL = Case(
+_PREFILL = Case(
     op=OP,
     samples=_samples,
     few=_few,
@@ -222,3 +222,5 @@ PREFILL = Case(
         ),
     ],
 )
+
+CASES = (_PREFILL,)
