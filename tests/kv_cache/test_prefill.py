@@ -2,6 +2,7 @@
 
 import itertools
 import math
+import sys
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from torch.nn import functional as F
 from torch_cpu_ext.core.registry import CATALOGUE
 from torch_cpu_ext.kv_cache import Prefill, prefill, sign
 
-from support import TESTS, run_python, succeeded
+from support import TESTS, forget_peak, peak_bytes, run_python, succeeded
 
 every_kind = pytest.mark.parametrize("kind", FLOATS, ids=lambda kind: str(kind).removeprefix("torch."))
 
@@ -165,6 +166,17 @@ def test_reference_agrees_on_a_long_prompt():
     ours, reference = prefill(*args, **options), CATALOGUE["kv_cache_prefill"].reference(*args, **options)
     torch.testing.assert_close(ours[:3], reference[:3], rtol=1e-4, atol=1e-5)
     assert (ours.signature != reference[3]).float().mean() < 0.01  # a score beside the middle may fall on the other side
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_memory_grows_with_the_prompt_alone():
+    """No array of queries times tokens, which would be 256 MiB here."""
+    args = tensors(torch.bfloat16, 1, 1, 8192, 8192, 16)
+    options = {"scale": 0.2, "sample": 64, "pool": 7, "sign": True}
+    prefill(*args, **options)
+    before = forget_peak()
+    prefill(*args, **options)
+    assert peak_bytes() - before < 16 << 20
 
 
 @every_kind
