@@ -28,4 +28,13 @@ static int64_t nth_bit(uint64_t bits, int64_t n) {
 }
 #include "select.inl"
 
+struct Attend {
+  using Bf16 = Exact<1, 1>;
+  using Fp32 = Singles<1, 1>;
+  static constexpr bool kInt8 = false, kInt4 = false;
+};
+
+AttendVariant attend() { return attend_variant<Attend>(); }
+PrefillVariant prefill() { return prefill_variant<Tiled<Attend::Fp32, 2, 1>>(); }
+
 }  // namespace tce::kv_cache::scalar

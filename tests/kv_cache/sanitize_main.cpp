@@ -10,6 +10,7 @@
 #include <string>
 #include <vector>
 
+#include "prefill.h"
 #include "select.h"
 
 using namespace tce;
@@ -165,7 +166,10 @@ int64_t check_selection() {
 
 }  // namespace
 
+#include "sanitize_prefill.h"
+
 int main() {
   std::printf("%lld calls of selection\n", static_cast<long long>(check_selection()));
+  std::printf("%lld calls of prefill\n", static_cast<long long>(check_prefill()));
   return 0;
 }
