@@ -105,7 +105,7 @@ static Found narrow(const float* score, int64_t begin, int64_t end, int64_t coun
     }
     low = static_cast<int32_t>(static_cast<uint32_t>(low) + (static_cast<uint32_t>(digit) << shift));
     if (here == count) return {low - 1, 0};
-    high = low + static_cast<int32_t>((uint32_t{1} << shift) - 1);
+    high = std::min(high, low + static_cast<int32_t>((uint32_t{1} << shift) - 1));  // no score above was counted
   }
   return {low, count};
 }
@@ -121,9 +121,12 @@ static Found find(const float* score, int64_t begin, int64_t end, int64_t count)
   for (int64_t i = 0; i < samples; ++i) std::memcpy(buffer + i, score + begin + i * step, sizeof(float));
   // 3.2 standard deviations of the rank of a median, which is the worst case.
   const int64_t margin = static_cast<int64_t>(1.6f * std::sqrt(static_cast<float>(samples))) + 1;
-  int32_t low = kNan, high = kInfinity;
-  if (rank > margin) high = std::min(kInfinity, narrow(buffer, 0, samples, rank - margin, kNan, kInfinity).key + 1);
-  if (rank + margin <= samples) low = std::max(kNan, narrow(buffer, 0, samples, rank + margin, kNan, kInfinity).key);
+  const auto sampled = [&](int64_t n) {
+    const Found found = narrow(buffer, 0, samples, n, kNan, kInfinity);
+    return found.key + (found.equal == 0);
+  };
+  const int32_t high = rank > margin ? sampled(rank - margin) : kInfinity;
+  const int32_t low = rank + margin <= samples ? sampled(rank + margin) : kNan;
   int64_t above = 0, between = 0;
   for_blocks(score, begin, end, [&](int64_t, const float* scores, int64_t n) {
     uint64_t higher = 0;
