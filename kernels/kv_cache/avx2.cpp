@@ -4,6 +4,7 @@
 #include <bit>
 #include <cmath>
 #include <limits>
+#include <utility>
 
 #include <immintrin.h>
 
@@ -19,6 +20,8 @@ constexpr int kVectorBytes = 32;
 #include "../common/attention.inl"
 #include "attend.inl"
 #include "prefill.inl"
+static unsigned greater(Integers a, Integers b) { return static_cast<unsigned>(_mm256_movemask_ps(reinterpret_cast<__m256>(a > b))); }
+static int64_t nth_bit(uint64_t bits, int64_t n) { return std::countr_zero(_pdep_u64(uint64_t{1} << n, bits)); }
 #include "select.inl"
 
 struct Attend {
@@ -28,6 +31,7 @@ struct Attend {
 };
 
 AttendVariant attend() { return attend_variant<Attend>(); }
+PrefillVariant prefill() { return prefill_variant<Tiled<Attend::Fp32, 4, 1>>(); }
 
 }  // namespace tce::kv_cache::avx2
 

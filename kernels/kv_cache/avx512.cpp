@@ -4,6 +4,7 @@
 #include <bit>
 #include <cmath>
 #include <limits>
+#include <utility>
 
 #include <immintrin.h>
 
@@ -19,6 +20,10 @@ constexpr int kVectorBytes = 64;
 #include "../common/attention.inl"
 #include "attend.inl"
 #include "prefill.inl"
+static unsigned greater(Integers a, Integers b) {
+  return _mm512_cmpgt_epi32_mask(reinterpret_cast<__m512i>(a), reinterpret_cast<__m512i>(b));
+}
+static int64_t nth_bit(uint64_t bits, int64_t n) { return std::countr_zero(_pdep_u64(uint64_t{1} << n, bits)); }
 #include "select.inl"
 
 struct Attend {
@@ -28,6 +33,7 @@ struct Attend {
 };
 
 AttendVariant attend() { return attend_variant<Attend>(); }
+PrefillVariant prefill() { return prefill_variant<Tiled<Attend::Fp32, 4, 4>>(); }
 
 }  // namespace tce::kv_cache::avx512
 

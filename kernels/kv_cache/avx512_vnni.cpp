@@ -4,11 +4,11 @@
 #include <bit>
 #include <cmath>
 #include <limits>
+#include <utility>
 
 #include <immintrin.h>
 
 #include "attend.h"
-#include "prefill.h"
 #include "select.h"
 #include "../common/region_avx512_vnni.h"
 
@@ -18,7 +18,10 @@ constexpr int kVectorBytes = 64;
 #include "../common/vectors.inl"
 #include "../common/attention.inl"
 #include "attend.inl"
-#include "prefill.inl"
+static unsigned greater(Integers a, Integers b) {
+  return _mm512_cmpgt_epi32_mask(reinterpret_cast<__m512i>(a), reinterpret_cast<__m512i>(b));
+}
+static int64_t nth_bit(uint64_t bits, int64_t n) { return std::countr_zero(_pdep_u64(uint64_t{1} << n, bits)); }
 #include "select.inl"
 #include "attend_vnni.inl"
 
