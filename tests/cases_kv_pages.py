@@ -158,7 +158,6 @@ _PACK = Case(
         Bad("kv_cache_pack: kind must be key or value, got keys", replaced(kind="keys")),
         Bad("kv_cache_pack: dtype must be fp32, bf16, int8 or int4, got fp16", replaced(dtype="fp16")),
     ],
-    batched="x",
 )
 
 
@@ -203,7 +202,6 @@ _UNPACK = Case(
         Bad("kv_cache_unpack: head_dim must be a positive multiple of 16, got 24", replaced(head_dim=24)),
         Bad("kv_cache_unpack: head_dim must be a positive multiple of 16, got 0", replaced(head_dim=0)),
     ],
-    batched="pages",
 )
 
 
