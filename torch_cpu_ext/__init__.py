@@ -12,7 +12,7 @@ from .core.errors import BuildError, CorruptFileError, FallbackWarning
 from .core.isa import isa
 from .core.jit import kernel_isa, load
 from .core.swap import optimize, report, restore
-from .kv_cache import KVCrushConfig
+from .kv_cache import KVCrushConfig, swap_attention
 from .sparse_linear import (
     KernelInfo,
     PruneConfig,
@@ -45,6 +45,7 @@ __all__ = [
     "report",
     "restore",
     "save_checkpoint",
+    "swap_attention",
     "swap_linear",
     "tune",
 ]

@@ -6,12 +6,13 @@ forgets in its layers of full attention; with any other cache, and in other laye
 
 import copy
 import itertools
+import types
 import weakref
 from collections.abc import Collection
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 try:
     from transformers import AttentionInterface, AttentionMaskInterface
@@ -22,6 +23,8 @@ try:
 except ImportError as error:
     raise ImportError("transformers must be installed: pip install 'torch_cpu_ext[transformers]'") from error
 
+from ..core import jit
+from ..core.swap import Row, SharingReplacement
 from ..kv_cache.config import KVCrushConfig
 from ..kv_cache.layer import CompressedKV
 
@@ -386,7 +389,7 @@ def mask(
 
 
 def attention(
-    module: torch.nn.Module,
+    module: nn.Module,
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -431,7 +434,7 @@ def attention(
 
 
 def _dense(
-    module: torch.nn.Module,
+    module: nn.Module,
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -462,8 +465,177 @@ def _dense(
     scores = softcap * torch.tanh(query @ repeat_kv(key, group).transpose(2, 3) * scale / softcap)
     if attention_mask is not None:
         scores = scores.masked_fill(~attention_mask, torch.finfo(scores.dtype).min)
-    weights = torch.nn.functional.dropout(scores.softmax(-1, dtype=torch.float32).to(query.dtype), dropout, module.training)
+    weights = nn.functional.dropout(scores.softmax(-1, dtype=torch.float32).to(query.dtype), dropout, module.training)
     return (weights @ repeat_kv(value, group)).transpose(1, 2).contiguous(), None
+
+
+# ------------------------------------------------------------------------------------------------------------------------------- the default
+
+
+class KVCrushAttention(SharingReplacement):
+    """Stands for an attention module whose model makes a `KVCrushCache` where the caller gives no cache; computes what the original does.
+
+    Args:
+        module: the original.
+        crush: for the model's caches; all such modules of a model have the same.
+    """
+
+    technique = "kv_cache"
+
+    def __init__(self, module: nn.Module, crush: KVCrushConfig) -> None:
+        super().__init__(module)
+        self.crush = crush
+        self._last: Any = None  # a weak reference to the layer of the cache that was used last, for the report
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """As the original's."""
+        if not torch.compiler.is_compiling():
+            cache = kwargs.get("cache", kwargs.get("past_key_values"))
+            layer = cache.layers[self.layer_idx] if isinstance(cache, KVCrushCache) and self.layer_idx < len(cache.layers) else None
+            self._last = None if layer is None else weakref.ref(layer)
+        return self._original[0].forward(*args, **kwargs)  # not its hooks, which are this module's, too
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_last": None}  # weak references can neither be copied nor pickled
+
+    def row(self) -> Row:
+        layer: KVCrushLayer | None = self._last and self._last()
+        before = after = 0
+        if isinstance(layer, KVCrushLayer) and layer.is_initialized:
+            before = 2 * layer.batch_size * layer.shape[0] * layer.tokens * layer.shape[1] * layer.dtype.itemsize
+            after = layer.nbytes
+        crush = self.crush
+        share = f", {crush.ratio:.0%} representatives" if crush.ratio else ""
+        budget = f"{crush.budget:.0%} of the tokens" if isinstance(crush.budget, float) else f"{crush.budget} tokens"
+        tokens = f"; {layer.tokens} seen in the last cache" if before and layer is not None else ""
+        return Row(self.technique, f"{crush.importance}{share}", before, after, jit.kernel_isa(self.technique, "attend"), f"{budget}{tokens}")
+
+    def spec(self) -> dict[str, Any]:
+        return {"config": self.crush.to_dict()}
+
+    @classmethod
+    def from_spec(cls, values: dict[str, Any], module: nn.Module) -> "KVCrushAttention":
+        return cls(module, KVCrushConfig.from_dict(values["config"]))
+
+    @classmethod
+    def settle(cls, model: nn.Module) -> None:
+        """Sets the attention implementation of the model, and has it make the cache."""
+        owners: dict[str, list[KVCrushAttention]] = {}
+        kept: dict[str, set[int]] = {}
+        for name, module in attention_modules(model).items():
+            owner = _owner(model, name)
+            if isinstance(module, KVCrushAttention):
+                owners.setdefault(owner, []).append(module)
+            else:
+                kept.setdefault(owner, set()).add(int(module.layer_idx))  # type: ignore[arg-type]
+        for owner, modules in owners.items():
+            stack: Any = model.get_submodule(owner)
+            before = stack._kvcrush[2] if "_kvcrush" in stack.__dict__ else stack.config._attn_implementation
+            _unsettle(stack)
+            stack._kvcrush = modules[0].crush, kept.get(owner, set()), before
+            stack.set_attn_implementation(NAME)
+            stack.register_forward_pre_hook(_give_cache, with_kwargs=True)
+            parts = owner.split(".")
+            for ancestor in {".".join(parts[:i]) for i in range(len(parts) + 1)}:
+                top: Any = model.get_submodule(ancestor)
+                if hasattr(type(top), "prepare_inputs_for_generation"):
+                    top.generate = types.MethodType(generate, top)
+
+    def leave(self, model: nn.Module) -> None:
+        for module in model.modules():
+            if "_kvcrush" in module.__dict__:
+                module.set_attn_implementation(module._kvcrush[2])  # type: ignore[operator,index]
+                _unsettle(module)
+            if getattr(module.__dict__.get("generate"), "__func__", None) is generate:
+                del module.__dict__["generate"]
+
+
+def attention_modules(model: nn.Module) -> dict[str, nn.Module]:
+    """The attention modules of causal stacks of layers in a model of transformers, by name."""
+    return {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(getattr(module, "layer_idx", None), int)
+        and hasattr(module, "scaling")
+        and getattr(module, "is_causal", False)
+        and _owner(model, name) is not None
+    }
+
+
+def _owner(model: nn.Module, name: str) -> Any:
+    """Name of the innermost module around the one of that name whose attention implementation can be set; None if there is none."""
+    parts = name.split(".")
+    for i in reversed(range(len(parts))):
+        around = ".".join(parts[:i])
+        if hasattr(model.get_submodule(around), "set_attn_implementation"):
+            return around
+    return None
+
+
+def obstacle(model: nn.Module, name: str) -> str:
+    """Why an attention module of that name keeps transformers' cache; empty if it does not.
+
+    Raises:
+        ValueError: the model cannot have the attention implementation `NAME` at all.
+    """
+    module: Any = model.get_submodule(name)
+    owner: Any = model.get_submodule(_owner(model, name))
+    decoder = owner.config.get_text_config(decoder=True)
+    if getattr(module, "sinks", None) is not None:
+        raise ValueError(f"swap_attention: {name} cannot be served, since its attention has sinks")
+    if getattr(decoder, "is_encoder_decoder", False):
+        raise ValueError(f"swap_attention: {name} cannot be served, since the model is an encoder and a decoder")
+    layers = DynamicCache(config=decoder).layers
+    if module.layer_idx >= len(layers) or type(layers[module.layer_idx]) is not DynamicLayer:
+        kind = type(layers[module.layer_idx]).__name__ if module.layer_idx < len(layers) else "none"
+        return f"it has no full attention (its cache is transformers' {kind})"
+    dims = get_head_shapes(decoder)[1]
+    d = dims[module.layer_idx] if isinstance(dims, list) else dims
+    return f"its head dimension is {d}, no multiple of 16" if d % 16 else ""
+
+
+def _unsettle(stack: nn.Module) -> None:
+    stack.__dict__.pop("_kvcrush", None)
+    for key, hook in list(stack._forward_pre_hooks.items()):
+        if hook is _give_cache:
+            del stack._forward_pre_hooks[key]
+            stack._forward_pre_hooks_with_kwargs.pop(key, None)
+
+
+@torch.compiler.disable
+def _fresh(stack: Any) -> KVCrushCache:
+    crush, skip, _ = stack._kvcrush
+    return KVCrushCache(stack.config, crush, skip=skip)
+
+
+def _give_cache(stack: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+    """A forward pre-hook: a cache where one is wanted and none is given."""
+    use = kwargs.get("use_cache")
+    if use is None:
+        use = stack.config.use_cache
+    given = len(args) > 3 or kwargs.get("cache") is not None or kwargs.get("past_key_values") is not None
+    if given or not use or torch.is_grad_enabled():
+        return None
+    kwargs.pop("past_key_values", None)
+    return args, {**kwargs, "cache": _fresh(stack)}
+
+
+def generate(self: Any, *args: Any, **kwargs: Any) -> Any:
+    """``generate`` of a model that `torch_cpu_ext.swap_attention` went over: that of its class, with a fresh cache if none is given.
+
+    Args:
+        self: the model.
+        args: as of ``generate``.
+        kwargs: as of ``generate``.
+    """
+    config = (args[1] if len(args) > 1 else kwargs.get("generation_config")) or self.generation_config
+    implementation = kwargs.get("cache_implementation", config.cache_implementation)
+    use = kwargs.get("use_cache", config.use_cache)
+    given = kwargs.get("cache") is not None or kwargs.get("past_key_values") is not None
+    if not given and use is not False and implementation is None:
+        kwargs.pop("past_key_values", None)
+        kwargs["cache"] = _fresh(next(module for module in self.modules() if "_kvcrush" in module.__dict__))
+    return type(self).generate(self, *args, **kwargs)
 
 
 # ----------------------------------------------------------------------------------------------------------------------------------- compiled
