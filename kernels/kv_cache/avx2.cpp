@@ -21,6 +21,14 @@ constexpr int kVectorBytes = 32;
 #include "prefill.inl"
 #include "select.inl"
 
+struct Attend {
+  using Bf16 = Exact<1, 4>;
+  using Fp32 = Singles<1, 4>;
+  static constexpr bool kInt8 = false, kInt4 = false;
+};
+
+AttendVariant attend() { return attend_variant<Attend>(); }
+
 }  // namespace tce::kv_cache::avx2
 
 #include "../common/region_end.h"

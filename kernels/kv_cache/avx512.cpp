@@ -21,6 +21,14 @@ constexpr int kVectorBytes = 64;
 #include "prefill.inl"
 #include "select.inl"
 
+struct Attend {
+  using Bf16 = Exact<4, 8>;
+  using Fp32 = Singles<4, 8>;
+  static constexpr bool kInt8 = false, kInt4 = false;
+};
+
+AttendVariant attend() { return attend_variant<Attend>(); }
+
 }  // namespace tce::kv_cache::avx512
 
 #include "../common/region_end.h"

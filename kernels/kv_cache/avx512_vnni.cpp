@@ -20,6 +20,15 @@ constexpr int kVectorBytes = 64;
 #include "attend.inl"
 #include "prefill.inl"
 #include "select.inl"
+#include "attend_vnni.inl"
+
+struct Attend {
+  using Bf16 = Exact<4, 8>;
+  using Fp32 = Singles<4, 8>;
+  static constexpr bool kInt8 = true, kInt4 = false;
+};
+
+AttendVariant attend() { return attend_variant<Attend>(); }
 
 }  // namespace tce::kv_cache::avx512_vnni
 

@@ -18,4 +18,12 @@ constexpr int kVectorBytes = 16;
 #include "prefill.inl"
 #include "select.inl"
 
+struct Attend {
+  using Bf16 = Exact<1, 1>;
+  using Fp32 = Singles<1, 1>;
+  static constexpr bool kInt8 = false, kInt4 = false;
+};
+
+AttendVariant attend() { return attend_variant<Attend>(); }
+
 }  // namespace tce::kv_cache::scalar
