@@ -9,7 +9,6 @@
 
 #include "attend.h"
 #include "prefill.h"
-#include "select.h"
 #include "../common/region_avx512_bf16.h"
 
 namespace tce::kv_cache::avx512_bf16 {
@@ -19,7 +18,6 @@ constexpr int kVectorBytes = 64;
 #include "../common/attention.inl"
 #include "attend.inl"
 #include "prefill.inl"
-#include "select.inl"
 #include "attend_vnni.inl"
 #include "attend_bf16.inl"
 
