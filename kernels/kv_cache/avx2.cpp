@@ -32,6 +32,8 @@ struct Attend {
 
 AttendVariant attend() { return attend_variant<Attend>(); }
 
+PrefillVariant prefill() { return prefill_variant<PlainFloats<4, 1>>(); }
+
 }  // namespace tce::kv_cache::avx2
 
 #include "../common/region_end.h"
