@@ -94,7 +94,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> select_op(Tensor score, Tensor signat
   Tensor kind = torch::stable::empty({batch, heads, most}, ScalarType::Byte);
   Tensor members = torch::stable::empty({batch, heads, most}, ScalarType::Float);
   const float* scores = static_cast<const float*>(score.const_data_ptr());
-  const uint64_t* words_of = static_cast<const uint64_t*>(signature.const_data_ptr());
+  const Word* words_of = static_cast<const Word*>(signature.const_data_ptr());
   std::vector<Choice> choices(batch * heads);
   std::vector<Order> orders;
   std::vector<int64_t> order_of(choices.size(), -1);
@@ -126,7 +126,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> select_op(Tensor score, Tensor signat
     choice.important = free - choice.representatives;
     choice_scratch += choice_bytes(size);
     if (choice.representatives == 0) continue;
-    const uint64_t* own = words_of + (signatures == 1 ? i / heads : i) * units * words;
+    const Word* own = words_of + (signatures == 1 ? i / heads : i) * units * words;
     const auto same = std::find_if(orders.begin(), orders.end(), [&](const Order& order) {
       return order.signature == own && order.begin == choice.begin && order.end == choice.end;
     });

@@ -34,11 +34,13 @@ struct Signatures {
   int64_t words_each() const { return divide_up(heads * page, 64); }
 };
 
+using Word = uint64_t __attribute__((aligned(1)));  // of a tensor, which may begin at any address
+
 enum class Anchor { random, zeros, ones, mean, inv_mean, alternate };
 
 // The order of the evictable units [begin, end) by the distances to the anchors, then by position.
 struct Order {
-  const uint64_t* signature;  // (units, words), from unit 0
+  const Word* signature;  // (units, words), from unit 0
   int64_t words;
   int64_t begin, end;
   Anchor anchor;

@@ -5,6 +5,7 @@
 namespace selection {
 
 // Keys: the bits of a float are a sign and a magnitude, and magnitudes of floats are ordered like integers.
+using Unsigned = uint32_t __attribute__((vector_size(kVectorBytes)));
 constexpr int32_t kInfinity = 0x7f800000, kNan = -kInfinity - 1;
 
 static Integers keys(const float* score) {
@@ -57,7 +58,6 @@ static void for_bits(uint64_t bits, const F& f) {
 
 // Which keys are from `low` to `low + last`.
 static Integers within(Integers key, int32_t low, uint32_t last) {
-  using Unsigned = uint32_t __attribute__((vector_size(kVectorBytes)));
   return reinterpret_cast<Unsigned>(key) - static_cast<uint32_t>(low) <= last;
 }
 
@@ -69,7 +69,6 @@ struct Found {
 
 // The key of the count-th largest of the scores whose keys are from `low` to `low + last`, 11 bits of it at a time.
 static Found narrow(const float* score, int64_t begin, int64_t end, int64_t count, int32_t low, uint32_t last) {
-  using Unsigned = uint32_t __attribute__((vector_size(kVectorBytes)));
   constexpr int digit_bits = 11;
   uint32_t histogram[2][1 << digit_bits];  // two, as neighbours are often alike, and adding to one number twice in a row takes long
   while (last > 0) {
@@ -111,7 +110,7 @@ static Found find(const float* score, int64_t begin, int64_t end, int64_t count)
   if (size < least) return narrow(score, begin, end, count, kNan, all);
   float buffer[room + kBlock];
   const int64_t samples = std::min(size / 32, most_samples), step = size / samples, rank = count * samples / size;
-  for (int64_t i = 0; i < samples; ++i) buffer[i] = score[begin + i * step];
+  for (int64_t i = 0; i < samples; ++i) std::memcpy(buffer + i, score + begin + i * step, sizeof(float));
   // 3.2 standard deviations of the rank of a median, which is the worst case.
   const int64_t margin = static_cast<int64_t>(1.6f * std::sqrt(static_cast<float>(samples))) + 1;
   const int32_t high = rank - margin < 1 ? kInfinity : narrow(buffer, 0, samples, rank - margin, kNan, all).key + 1;
@@ -127,7 +126,7 @@ static Found find(const float* score, int64_t begin, int64_t end, int64_t count)
     above += std::popcount(higher & lowest(n));
     if (between <= room) {
       float* next = buffer + between;
-      for_bits(bits, [&](int i) { *next++ = scores[i]; });
+      for_bits(bits, [&](int i) { std::memcpy(next++, scores + i, sizeof(float)); });
     }
     between += std::popcount(bits);
   });
@@ -213,7 +212,7 @@ static uint64_t random_word(uint64_t seed, uint64_t number) {
 static uint64_t majority(const Order& o, int64_t word) {
   constexpr int64_t lanes = 8, planes = 8;
   int64_t counts[64] = {};
-  const uint64_t* words = o.signature + o.begin * o.words + word;
+  const Word* words = o.signature + o.begin * o.words + word;
   const int64_t size = o.size();
   for (int64_t at = 0; at < size; at += 255 * lanes) {
     uint64_t plane[planes][lanes] = {};
@@ -275,7 +274,7 @@ static void order(const Order& o) {
   uint32_t* place = reinterpret_cast<uint32_t*>(anchor + o.words);  // (bins, kParts)
   uint32_t* spare = place + bins * kParts;
   uint16_t* distance = reinterpret_cast<uint16_t*>(spare + size);
-  const uint64_t* signature = o.signature + o.begin * o.words;
+  const Word* signature = o.signature + o.begin * o.words;
   for (int64_t number = o.anchors - 1; number >= 0; --number) {
     for (int64_t word = 0; word < o.words; ++word) anchor[word] = anchor_word(o, number, word);
     if (o.words == 1) {
