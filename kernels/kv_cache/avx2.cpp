@@ -31,8 +31,7 @@ struct Attend {
 };
 
 AttendVariant attend() { return attend_variant<Attend>(); }
-
-PrefillVariant prefill() { return prefill_variant<PlainFloats<4, 1>>(); }
+PrefillVariant prefill() { return prefill_variant<Tiled<Attend::Fp32, 4, 1>>(); }
 
 }  // namespace tce::kv_cache::avx2
 

@@ -41,24 +41,7 @@ struct Attend {
 };
 
 AttendVariant attend() { return attend_variant<Attend>(); }
-
-// Pairs of bf16. Weights are rounded to them.
-struct Pairs {
-  using X = uint16_t;
-  static constexpr int kPair = 2, kRows = 4, kBlocks = 4;
-
-  static void put(X* to, Vector weights) {
-    const __m256bh rounded = _mm512_cvtneps_pbh(__m512(weights));
-    std::memcpy(to, &rounded, sizeof(rounded));
-  }
-  static Vector add(Vector sum, Integers row, const X* x) {
-    int32_t pair;
-    std::memcpy(&pair, x, 4);
-    return Vector(_mm512_dpbf16_ps(__m512(sum), __m512bh(row), __m512bh(_mm512_set1_epi32(pair))));
-  }
-};
-
-PrefillVariant prefill() { return prefill_variant<Pairs>(); }
+PrefillVariant prefill() { return prefill_variant<Tiled<Products, 4, 4>>(); }
 
 }  // namespace tce::kv_cache::avx512_bf16
 

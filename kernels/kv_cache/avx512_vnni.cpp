@@ -9,7 +9,6 @@
 #include <immintrin.h>
 
 #include "attend.h"
-#include "prefill.h"
 #include "select.h"
 #include "../common/region_avx512_vnni.h"
 
@@ -19,7 +18,6 @@ constexpr int kVectorBytes = 64;
 #include "../common/vectors.inl"
 #include "../common/attention.inl"
 #include "attend.inl"
-#include "prefill.inl"
 static unsigned lane_bits(Integers mask) { return _mm512_movepi32_mask(reinterpret_cast<__m512i>(mask)); }
 static int64_t nth_bit(uint64_t bits, int64_t n) { return std::countr_zero(_pdep_u64(uint64_t{1} << n, bits)); }
 #include "select.inl"

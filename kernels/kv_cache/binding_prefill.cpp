@@ -2,8 +2,10 @@
 #include "../common/parallel.h"
 
 #include <cmath>
+#include <vector>
 
 #include "prefill.h"
+#include "select.h"
 
 namespace tce::kv_cache {
 namespace {
@@ -106,6 +108,15 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> prefill(Tensor query, Tensor key, Ten
   if (length) each(p.tiles(), kernel.attend, true);  // the longest ones first
   if (scored) each(divide_up(tokens, kScoreTokens), kernel.score, false);
   if (scored && pool > 1) for_each_dynamic(batch * heads, threads, [&](int64_t i) { kernel.pool(p, i); });
+  if (sign) {
+    std::vector<int64_t> begins(batch), ends(batch);
+    for (int64_t b = 0; b < batch; ++b) {
+      const int64_t least = p.first ? *std::min_element(p.first + b * kv_heads, p.first + (b + 1) * kv_heads) : 0;
+      begins[b] = start < tokens - least ? least + start : tokens;
+      ends[b] = std::max(begins[b], recent < tokens ? tokens - recent : 0);
+    }
+    kv_cache::sign(p.score, batch, heads, tokens, begins.data(), ends.data(), 1, static_cast<uint64_t*>(signature.mutable_data_ptr()));
+  }
   return {out, lse, score, signature};
 }
 

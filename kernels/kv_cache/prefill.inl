@@ -1,19 +1,10 @@
-// The body of prefill.h, for every instruction set; after common/attention.inl. What multiplies is a tag T:
-//
-//   X                what queries, keys, weights and values are: float, or bf16 (uint16_t)
-//   kPair            how many neighbours along the sum a lane holds, 1 or 2
-//   kRows, kBlocks   queries and blocks of 16 tokens (or of 16 elements of the values) whose sums one loop keeps in registers
-//   put(to, weights) a vector of floats as X
-//   add(sum, row, x) sums plus a row times the X at x, all pairs of it
+// The body of prefill.h, for every instruction set; after common/attention.inl, whose tags say what multiplies. Their X is here what queries,
+// keys, weights and values are.
 
-// Floats, as they are.
-template <int Rows, int Blocks>
-struct PlainFloats {
-  using X = float;
-  static constexpr int kPair = 1, kRows = Rows, kBlocks = Blocks;
-
-  static void put(X* to, Vector weights) { store_vector(to, weights); }
-  static Vector add(Vector sum, Integers row, const X* x) { return sum + reinterpret_cast<Vector>(row) * x[0]; }
+// The tag T, and how many queries and blocks of 16 tokens (or of 16 elements of the values) have their sums in registers at a time.
+template <typename T, int Rows, int Blocks>
+struct Tiled : T {
+  static constexpr int kRows = Rows, kBlocks = Blocks;
 };
 
 constexpr int64_t kStretchTokens = 256;  // tokens between two looks at the largest score
@@ -25,11 +16,10 @@ static const uint8_t* vector_at(const Prompt& p, const Vectors& v, int64_t batch
   return static_cast<const uint8_t*>(v.data) + at * (p.type == Float::fp32 ? 4 : 2);
 }
 
-static void load_elements(const uint8_t* from, Float, int64_t count, uint16_t* to) { std::memcpy(to, from, count * 2); }
-
-static void load_elements(const uint8_t* from, Float type, int64_t count, float* to) {
-  if (type == Float::fp32) {
-    std::memcpy(to, from, count * 4);
+template <typename X>
+static void load_elements(const uint8_t* from, Float type, int64_t count, X* to) {
+  if (type == (sizeof(X) == 4 ? Float::fp32 : Float::bf16)) {
+    std::memcpy(to, from, count * sizeof(X));
   } else if (type == Float::bf16) {
     for (int64_t i = 0; i < count; ++i) to[i] = load_float(from, Float::bf16, i);
   } else {
@@ -58,7 +48,7 @@ template <typename T>
 static void pack_part(const Prompt& p, int64_t head, int64_t part) {
   using X = typename T::X;
   const Live live = p.live(head);
-  const int64_t d = p.head_dim, words = d / T::kPair, b = head / p.kv_heads, h = head % p.kv_heads;
+  const int64_t d = p.head_dim, words = d / T::kLane, b = head / p.kv_heads, h = head % p.kv_heads;
   const int64_t end = std::min((part + 1) * kPackBlocks, divide_up(live.tokens, kBlockTokens));
   const Scratch scratch(packed_bytes<T>(d));
   X* rows = reinterpret_cast<X*>(scratch.get());
@@ -72,9 +62,9 @@ static void pack_part(const Prompt& p, int64_t head, int64_t part) {
       for (int64_t t = 0; t < kBlockTokens; ++t) std::memcpy(p.keys + at + i * kBlockRow + t * 4, from + (t * words + i) * 4, 4);
     for (int64_t t = 0; t < count; ++t) load_elements(vector_at(p, p.v, b, h, live.first + token + t), p.type, d, rows + t * d);
     X* values = reinterpret_cast<X*>(p.values + at);
-    for (int64_t t = 0; t < kBlockTokens; t += T::kPair)
+    for (int64_t t = 0; t < kBlockTokens; t += T::kLane)
       for (int64_t i = 0; i < d; ++i)
-        for (int64_t j = 0; j < T::kPair; ++j) values[t * d + i * T::kPair + j] = rows[(t + j) * d + i];
+        for (int64_t j = 0; j < T::kLane; ++j) values[t * d + i * T::kLane + j] = rows[(t + j) * d + i];
     if (p.bias) {
       float* biases = p.biases + (head * p.blocks() + block) * kBlockTokens;
       std::memcpy(biases, p.bias + head * p.tokens + live.first + token, count * 4);
@@ -95,7 +85,7 @@ static void multiply_keys(const uint8_t* keys, int64_t d, const typename T::X* q
     for (int u = 0; u < U; ++u)
       for (Vector& part : sum[m][u].part) part = Vector{};
   const int64_t block = packed_bytes<T>(d);
-  for (int64_t i = 0; i < d; i += T::kPair, keys += kBlockRow, q += T::kPair) {
+  for (int64_t i = 0; i < d; i += T::kLane, keys += kBlockRow, q += T::kLane) {
     Row row[U];
 #pragma GCC unroll 8
     for (int u = 0; u < U; ++u) row[u] = load_row(keys + u * block);
@@ -130,7 +120,7 @@ static void add_values(const uint8_t* values, int64_t tokens, int64_t d, const t
       sum[m][u] = load_sums(sums + m * d + u * kWide);
       for (Vector& part : sum[m][u].part) part *= shrink[m];
     }
-  for (int64_t t = 0; t < tokens; t += T::kPair, values += d / kWide * kBlockRow, weights += T::kPair) {
+  for (int64_t t = 0; t < tokens; t += T::kLane, values += d / kWide * kBlockRow, weights += T::kLane) {
     Row row[U];
 #pragma GCC unroll 8
     for (int u = 0; u < U; ++u) row[u] = load_row(values + u * kBlockRow);
@@ -279,7 +269,7 @@ static void attend_tile(const Prompt& p, int64_t head, int64_t tile) {
               weigh_scores<T>(scores + (i - from) * kStretchTokens, weights + (i - from) * stride, seen(i, at), width, factor, base);
           total[i] = total[i] * shrink[i - from] + sum;
         }
-        add_all_values<T>(v, round_up(tokens, T::kPair), d, weights + (r - from) * stride, stride, shrink + (r - from), sums + r * d);
+        add_all_values<T>(v, round_up(tokens, T::kLane), d, weights + (r - from) * stride, stride, shrink + (r - from), sums + r * d);
       }
     }
   }

@@ -35,7 +35,6 @@ struct Attend {
 };
 
 AttendVariant attend() { return attend_variant<Attend>(); }
-
-PrefillVariant prefill() { return prefill_variant<PlainFloats<2, 1>>(); }
+PrefillVariant prefill() { return prefill_variant<Tiled<Attend::Fp32, 2, 1>>(); }
 
 }  // namespace tce::kv_cache::scalar
