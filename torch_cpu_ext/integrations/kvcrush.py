@@ -5,6 +5,7 @@ forgets in its layers of full attention; with any other cache, and in other laye
 """
 
 import copy
+import inspect
 import itertools
 import types
 import weakref
@@ -17,7 +18,6 @@ from torch import Tensor, nn
 try:
     from transformers import AttentionInterface, AttentionMaskInterface
     from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache, DynamicLayer
-    from transformers.configuration_utils import get_head_shapes
     from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_forward
     from transformers.masking_utils import causal_mask_function, sdpa_mask
 except ImportError as error:
@@ -284,9 +284,8 @@ class KVCrushCache(Cache):
         if not full:
             kinds = sorted({type(layer).__name__ for layer in layers})
             raise ValueError(f"KVCrushCache: the model must have a layer of full attention to compress, got {', '.join(kinds)} only")
-        heads, dims = (x if isinstance(x, list) else [x] * len(layers) for x in get_head_shapes(decoder))
         for place, i in enumerate(full):
-            layers[i] = KVCrushLayer(decoder, self.crush, f"layer {i}", (heads[i], dims[i]), (place, len(full)))
+            layers[i] = KVCrushLayer(decoder, self.crush, f"layer {i}", _shape(decoder, i), (place, len(full)))
         super().__init__(layers=layers)
 
     def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
@@ -321,6 +320,13 @@ class KVCrushCache(Cache):
                 layer.nbytes if isinstance(layer, KVCrushLayer) else sum(t.numel() * t.element_size() for t in tensors if t is not None)
             )
         return total
+
+
+def _shape(decoder: Any, layer: int) -> tuple[int, int]:
+    """KV heads and head dimension of a layer."""
+    config = decoder.per_layer_config[layer] if hasattr(decoder, "per_layer_config") else decoder
+    d = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    return getattr(config, "num_key_value_heads", None) or config.num_attention_heads, d
 
 
 def _padding(mask: Tensor | None, batch: int, seen: int) -> Tensor | None:
@@ -589,8 +595,7 @@ def obstacle(model: nn.Module, name: str) -> str:
     if module.layer_idx >= len(layers) or type(layers[module.layer_idx]) is not DynamicLayer:
         kind = type(layers[module.layer_idx]).__name__ if module.layer_idx < len(layers) else "none"
         return f"it has no full attention (its cache is transformers' {kind})"
-    dims = get_head_shapes(decoder)[1]
-    d = dims[module.layer_idx] if isinstance(dims, list) else dims
+    d = _shape(decoder, module.layer_idx)[1]
     return f"its head dimension is {d}, no multiple of 16" if d % 16 else ""
 
 
@@ -608,6 +613,12 @@ def _fresh(stack: Any) -> KVCrushCache:
     return KVCrushCache(stack.config, crush, skip=skip)
 
 
+def _name(model: Any) -> str:
+    """What a model calls its cache: it changed within transformers 5."""
+    forward = getattr(model, "_original", (model,))[0].forward  # of a module that another technique replaced
+    return "cache" if "cache" in inspect.signature(forward).parameters else "past_key_values"
+
+
 def _give_cache(stack: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
     """A forward pre-hook: a cache where one is wanted and none is given."""
     use = kwargs.get("use_cache")
@@ -616,8 +627,7 @@ def _give_cache(stack: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tu
     given = len(args) > 3 or kwargs.get("cache") is not None or kwargs.get("past_key_values") is not None
     if given or not use or torch.is_grad_enabled():
         return None
-    kwargs.pop("past_key_values", None)
-    return args, {**kwargs, "cache": _fresh(stack)}
+    return args, {**kwargs, _name(stack): _fresh(stack)}
 
 
 def generate(self: Any, *args: Any, **kwargs: Any) -> Any:
@@ -633,8 +643,7 @@ def generate(self: Any, *args: Any, **kwargs: Any) -> Any:
     use = kwargs.get("use_cache", config.use_cache)
     given = kwargs.get("cache") is not None or kwargs.get("past_key_values") is not None
     if not given and use is not False and implementation is None:
-        kwargs.pop("past_key_values", None)
-        kwargs["cache"] = _fresh(next(module for module in self.modules() if "_kvcrush" in module.__dict__))
+        kwargs[_name(self)] = _fresh(next(module for module in self.modules() if "_kvcrush" in module.__dict__))
     return type(self).generate(self, *args, **kwargs)
 
 
