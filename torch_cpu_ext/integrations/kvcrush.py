@@ -66,7 +66,8 @@ class KVCrushLayer(CacheLayerMixin):
     def __deepcopy__(self, memo: dict[int, Any]) -> "KVCrushLayer":
         new = copy.copy(self)
         memo[id(self)] = new
-        new.kept = copy.deepcopy(self.kept, memo)  # the model's config stays shared, since the model goes on changing it
+        with torch.inference_mode(False):  # it is written to outside of it
+            new.kept = copy.deepcopy(self.kept, memo)  # the model's config stays shared, since the model goes on changing it
         new._register()
         return new
 

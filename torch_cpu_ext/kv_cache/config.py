@@ -42,8 +42,8 @@ class KVCrushConfig(Config):
             ``"int4"``; of the latter two the first ``start`` and last ``recent`` tokens stay as ``"auto"`` would have them.
         representative_dtype: of representatives, ``"int8"`` or ``"int4"``; None: as the others.
         evict: ``"prefill"``: after each call of more than 8 tokens, so that a prompt in chunks never needs the memory of all of it.
-            ``"decode"``: before the first call of one token after such calls, for the same choice as with a whole prompt. ``"manual"``: by
-            `KVCrushCache.compress`.
+            ``"decode"``: before the first call of one token after calls of several, for the same choice as with a whole prompt.
+            ``"manual"``: by `KVCrushCache.compress`.
         decode_evict: whether decoding drops pages of 16 tokens, so as to stay within the budget and up to two pages.
     Raises:
         ValueError: a value is not among those accepted.

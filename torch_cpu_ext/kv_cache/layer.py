@@ -64,9 +64,12 @@ class CompressedKV:
         if not self.tiers:
             empty = key[:, :, :0]
             self._store(empty, empty, torch.zeros(key.shape[:2], dtype=torch.int64), self._slots(empty, query.shape[1]), None)
-        if new == 1 and self.waiting:
-            self.compress(scale=scale, softcap=softcap)
-        if new <= FEW and skipped is None:
+        if self.config.evict == "decode":
+            if new == 1 and self.waiting:
+                self.compress(scale=scale, softcap=softcap)
+            self.waiting = new > 1
+        exact = self.waiting and self.config.importance == "h2o"  # probabilities of pages come for each KV head only
+        if new <= FEW and skipped is None and not exact:
             return self._few(query, key, value, scale, softcap)
         return self._many(query, key, value, skipped, scale, softcap)
 
@@ -74,7 +77,7 @@ class CompressedKV:
         """int64 ``(batch,)``: how many of the new tokens are padding; None if none is."""
         if padding is None or self.padding is padding:
             return None
-        before = self.padding if self.padding is not None else padding.clamp(max=self.seen)
+        before = torch.zeros_like(padding) if self.padding is None else self.padding
         if not bool((padding.clamp(max=self.seen) == before).all()):
             raise ValueError("the padding of a row must stay as it was")
         skipped = padding - before
@@ -170,8 +173,6 @@ class CompressedKV:
             self._store(keys, values, length, slots, None)
         else:
             self._add(key, value, skipped, slots, order)
-        if config.evict == "decode":
-            self.waiting = True
         self._remember(query)
         return result.out
 
@@ -368,7 +369,7 @@ class CompressedKV:
                 sign=config.ratio > 0,
                 **scores,
             )
-            score, signature = result.score, result.signature
+            score, signature = result.score, result.signature if config.ratio else None
         else:
             score = torch.zeros(*first.shape, dense["key"].shape[2])
         self._compress(dense["key"], dense["value"], first, slots, score, queries, signature)
@@ -483,7 +484,7 @@ class CompressedKV:
         begin = torch.full_like(over, 0 if name == "old" else -(-config.start // TOKENS))
         end = (tier.length // TOKENS if name == "old" else (tier.length - config.recent) // TOKENS).clamp(min=0)
         begin = torch.minimum(begin, end)
-        over = torch.minimum(over, (end - begin - 1).clamp(min=0))
+        over = torch.minimum(over, end - begin)
         if not bool(over.any()):
             return
         batch, heads, columns = tier.table.shape
@@ -511,7 +512,8 @@ class CompressedKV:
         column = torch.arange(columns)
         keep = (column < begin[..., None]) | (column >= end[..., None])
         index = chosen.index.long()
-        keep = F.pad(keep, (0, 1)).scatter(2, index.masked_fill(index < 0, columns), True)[:, :, :columns]
+        none = (index < 0) | (budget == 0)[..., None]
+        keep = F.pad(keep, (0, 1)).scatter(2, index.masked_fill(none, columns), True)[:, :, :columns]
         tier.keep(keep)
         self.evicted = True
 
