@@ -81,7 +81,7 @@ def lengths(cache):
     return [layer.kept.lengths for layer in cache.layers if isinstance(layer, KVCrushLayer)]
 
 
-# ------------------------------------------------------------------------------------------------------------------------- nothing is dropped
+# ----------------------------------------------------------------------------------------------------------------------- nothing is dropped
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -95,7 +95,9 @@ def test_nothing_dropped_is_dynamic_cache(name):
         assert own.get_seq_length() == sum(lengths)
 
 
-@pytest.mark.parametrize("options", [{"importance": "h2o"}, {"log_count": True}, {"heads": "ada", "layers": "pyramid"}, {"evict": "decode"}])
+@pytest.mark.parametrize(
+    "options", [{"importance": "h2o"}, {"log_count": True}, {"heads": "ada", "layers": "pyramid"}, {"evict": "decode"}]
+)
 @pytest.mark.parametrize("budget", [1.0, 200])
 def test_nothing_dropped_whatever_the_options(model, plain, options, budget):
     parts = tokens(2, 136).split((90, 17, *[1] * 20, 9), 1)
@@ -144,7 +146,7 @@ def test_pages_are_packed_once(model):
     assert old.pools["key"][old.table[:, :, :count].long()].equal(before)
 
 
-# ------------------------------------------------------------------------------------------------------------------------------ left padding
+# ----------------------------------------------------------------------------------------------------------------------------- left padding
 
 
 @pytest.mark.parametrize("options", [{}, {"budget": 60}, {"budget": 60, "evict": "decode"}, {"budget": 60, "importance": "h2o"}])
@@ -196,7 +198,7 @@ def test_masks(model):
         model(ids[:, :1], past_key_values=own, attention_mask=moved)
 
 
-# ---------------------------------------------------------------------------------------------------------------------------------- eviction
+# --------------------------------------------------------------------------------------------------------------------------------- eviction
 
 METHODS = [
     *({"importance": name} for name in ("snapkv", "h2o", "tova", "streaming", "key_norm", "random")),
@@ -381,7 +383,7 @@ def test_representatives_speak_for_others(model):
     assert bool(((members > 1.5).sum(2) <= 6).all())
 
 
-# ---------------------------------------------------------------------------------------------------------------------------------- generate
+# --------------------------------------------------------------------------------------------------------------------------------- generate
 
 
 @pytest.mark.parametrize("options", [{}, {"num_beams": 3}, {"num_beams": 2, "num_return_sequences": 2}, {"prefill_chunk_size": 48}])
@@ -489,7 +491,7 @@ def test_rows_of_the_batch(model, plain):
     close(steps(model, ours, more.split(1, 1)), steps(plain, theirs, more.split(1, 1)))
 
 
-# ---------------------------------------------------------------------------------------------------------------------------- other caches
+# ----------------------------------------------------------------------------------------------------------------------------- other caches
 
 
 @pytest.mark.parametrize("name", ["llama", "gemma2", "gemma3"])
@@ -542,7 +544,7 @@ def test_threads_do_not_matter(model):
     close(logits[0], logits[1], 1e-6)
 
 
-# ----------------------------------------------------------------------------------------------------------------------------------- compiled
+# --------------------------------------------------------------------------------------------------------------------------------- compiled
 
 
 def test_compiled(model):
@@ -562,7 +564,7 @@ def test_compiled(model):
     torch._dynamo.reset()
 
 
-# ------------------------------------------------------------------------------------------------------------------------------------- errors
+# ----------------------------------------------------------------------------------------------------------------------------------- errors
 
 
 def test_errors(model, plain):
@@ -580,14 +582,14 @@ def test_errors(model, plain):
 
 def test_caches_of_other_models(model):
     other = make("llama-mha")
-    with pytest.raises(ValueError, match="layer 0 must have 2 KV heads of dimension 32, .* got 4 of 16"), torch.no_grad():
+    with pytest.raises(ValueError, match=r"layer 0 must have 2 KV heads of dimension 32, .* got 4 of 16"), torch.no_grad():
         other(tokens(1, 4), past_key_values=cache(model))
     deeper = make(num_hidden_layers=3)
     with pytest.raises(ValueError, match="made for a model of 2 layers, got keys of layer 2"), torch.no_grad():
         deeper(tokens(1, 4), past_key_values=cache(model))
     own = cache(model)
     steps(model, own, [tokens(2, 10)])
-    with pytest.raises(ValueError, match="layer 0 must get keys of batch 2 .* got batch 3"), torch.no_grad():
+    with pytest.raises(ValueError, match=r"layer 0 must get keys of batch 2 .* got batch 3"), torch.no_grad():
         model(tokens(3, 1), past_key_values=own)
 
 

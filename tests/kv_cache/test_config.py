@@ -1,5 +1,7 @@
 """KVCrushConfig, and how budgets are shared among layers and heads."""
 
+import itertools
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -64,7 +66,7 @@ def test_pyramid(total, layers, most):
     shares = [pyramid(total, layer, layers, most) for layer in range(layers)]
     assert sum(shares) == min(total, most) * layers
     assert all(0 <= share <= most for share in shares)
-    assert all(a >= b - 1 for a, b in zip(shares, shares[1:], strict=False))  # falling, but for rounding
+    assert all(a >= b - 1 for a, b in itertools.pairwise(shares))  # falling, but for rounding
 
 
 @given(st.data())

@@ -91,8 +91,8 @@ class KVCrushLayer(CacheLayerMixin):
         batch, heads, _, d = key_states.shape
         if (heads, d) != self.shape or value_states.shape[1] != heads:
             raise ValueError(
-                f"KVCrushCache: {self.name} must have {self.shape[0]} KV heads of dimension {self.shape[1]}, as the model has that the cache "
-                f"was made for, got {heads} of {d}"
+                f"KVCrushCache: {self.name} must have {self.shape[0]} KV heads of dimension {self.shape[1]}, as in the model that the "
+                f"cache was made for, got {heads} of {d}"
             )
         if value_states.shape[-1] != d or d % 16:
             raise ValueError(
@@ -188,7 +188,7 @@ class KVCrushLayer(CacheLayerMixin):
     get_max_cache_shape = get_max_length  # what earlier versions of transformers call it
 
     @property
-    def is_croppable(self) -> bool:  # type: ignore[override]
+    def is_croppable(self) -> bool:
         """Whether the last tokens can be taken back: not after tokens were dropped or packed into int8 or int4."""
         return self.kept.croppable
 
@@ -279,7 +279,7 @@ class KVCrushCache(Cache):
         self.crush = crush or KVCrushConfig()
         decoder = config.get_text_config(decoder=True)
         if "reuse" in (getattr(decoder, "kv_sharing_modes", None) or ()):
-            raise ValueError(f"KVCrushCache: the model's layers must have keys and values of their own, those of {decoder.model_type} share")
+            raise ValueError(f"KVCrushCache: the model's layers must have keys and values of their own, got {decoder.model_type}")
         layers: list[Any] = DynamicCache(config=decoder).layers
         full = [i for i, layer in enumerate(layers) if type(layer) is DynamicLayer and i not in skip]
         if not full:
@@ -331,8 +331,8 @@ def _shape(decoder: Any, layer: int) -> tuple[int, int]:
 
 
 def _padding(mask: Tensor | None, batch: int, seen: int) -> Tensor | None:
-    """int64 ``(batch,)``: the tokens of padding on the left that a mask tells; None if there is none. Kept on the mask, which all layers of a
-    call share."""
+    """int64 ``(batch,)``: the tokens of padding on the left that a mask tells; None if there is none. Kept on the mask, which all layers
+    of a call share."""
     if mask is None:
         return None
     known: dict[int, Tensor | None] | None = getattr(mask, "kvcrush_padding", None)
@@ -363,8 +363,8 @@ def mask(
     use_vmap: bool = False,
     **kwargs: Any,
 ) -> Tensor | None:
-    """The mask of the attention implementation `NAME`: the two-dimensional one of padding, or none, where attention is causal over all tokens
-    seen; that of ``sdpa`` elsewhere.
+    """The mask of the attention implementation `NAME`: the two-dimensional one of padding, or none, where attention is causal over all
+    tokens seen; that of ``sdpa`` elsewhere.
 
     Args:
         batch_size: rows.
@@ -381,6 +381,7 @@ def mask(
     plain = mask_function is causal_mask_function and local_size is None and not use_vmap
     if plain and isinstance(q_offset, int) and kv_offset == 0 and kv_length == q_offset + q_length:
         return attention_mask
+    kwargs["allow_is_causal_skip"] = False  # no mask at all means causal attention of the last tokens, which is not so in a static cache
     return sdpa_mask(
         batch_size=batch_size,
         q_length=q_length,
@@ -405,7 +406,7 @@ def attention(
     scaling: float | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """The attention implementation `NAME`: that of a `KVCrushLayer` where the keys come from one, else what transformers' ``sdpa`` computes.
+    """The attention implementation `NAME`: that of a `KVCrushLayer` where the keys come from one, else what transformers' ``sdpa`` gives.
 
     Args:
         module: the attention module.
@@ -415,8 +416,8 @@ def attention(
         attention_mask: as `mask` gave it.
         dropout: must be 0 where the cache is compressed.
         scaling: of the scores; None for ``head_dim ** -0.5``.
-        kwargs: ``softcap``; others for ``sdpa``. A sliding window, sinks and a position bias are not accepted where the cache is compressed,
-            sinks nowhere.
+        kwargs: ``softcap``; others for ``sdpa``. A sliding window, sinks and a position bias are not accepted where the cache is
+            compressed, sinks nowhere.
     Returns:
         ``(batch, tokens, heads, head_dim)``, and None.
     Raises:
@@ -476,7 +477,7 @@ def _dense(
     return (weights @ repeat_kv(value, group)).transpose(1, 2).contiguous(), None
 
 
-# ------------------------------------------------------------------------------------------------------------------------------- the default
+# ------------------------------------------------------------------------------------------------------------------------------ the default
 
 
 class KVCrushAttention(SharingReplacement):
@@ -515,7 +516,8 @@ class KVCrushAttention(SharingReplacement):
         share = f", {crush.ratio:.0%} representatives" if crush.ratio else ""
         budget = f"{crush.budget:.0%} of the tokens" if isinstance(crush.budget, float) else f"{crush.budget} tokens"
         tokens = f"; {layer.tokens} seen in the last cache" if before and layer is not None else ""
-        return Row(self.technique, f"{crush.importance}{share}", before, after, jit.kernel_isa(self.technique, "attend"), f"{budget}{tokens}")
+        isa = jit.kernel_isa(self.technique, "attend")
+        return Row(self.technique, f"{crush.importance}{share}", before, after, isa, f"{budget}{tokens}")
 
     def spec(self) -> dict[str, Any]:
         return {"config": self.crush.to_dict()}
@@ -648,7 +650,7 @@ def generate(self: Any, *args: Any, **kwargs: Any) -> Any:
     return type(self).generate(self, *args, **kwargs)
 
 
-# ----------------------------------------------------------------------------------------------------------------------------------- compiled
+# --------------------------------------------------------------------------------------------------------------------------------- compiled
 # A compiled graph calls a layer by its number, so that nothing of what is kept becomes part of the graph.
 
 

@@ -21,8 +21,8 @@ _REPRESENTATIVE = 2  # the kind that `select` gives
 class CompressedKV:
     """Keys and values of one layer in pages, and attention over them; prompts are dense only while they are attended to.
 
-    Tokens lie in up to four tiers: ``start`` (the first ones, where the dtype is int8 or int4), ``representative`` (where those have a dtype
-    of their own), ``old`` (pages of int8 or int4, each packed once, when its tokens are no longer recent) and ``recent``, the only one that
+    Tokens lie in up to four tiers: ``start`` (the first ones, where the dtype is int8 or int4), ``representative`` (where those have a
+    dtype of their own), ``old`` (pages of int8 or int4, each packed once, when its tokens are no longer recent) and ``recent``, the only one that
     grows, which without the others holds all.
 
     Args:
@@ -456,12 +456,12 @@ class CompressedKV:
             return None
         mask = torch.arange(most) < leaving[..., None]
         ids = recent.table[:, :, :most][mask].long()
-        packed = []
+        packed = {}
         for kind in ("key", "value"):
             x = unpack(recent.pools[kind][ids][:, None], kind=kind, head_dim=recent.head_dim)
-            packed.append(pack(x, kind=kind, dtype=old.dtype)[:, 0, 0])
+            packed[kind] = pack(x, kind=kind, dtype=old.dtype)[:, 0, 0]
         slots = {name: x.unflatten(2, (-1, TOKENS))[:, :, :most][mask] for name, x in recent.slots.items()}
-        old.push(mask, *packed, slots)
+        old.push(mask, packed["key"], packed["value"], slots)
         column = torch.arange(recent.table.shape[2])
         recent.keep(column >= leaving[..., None])
         return None
@@ -472,7 +472,8 @@ class CompressedKV:
         dense, first, slots, _ = self._dense(dtype)
         count = dense["key"].shape[2]
         index = (torch.arange(count) + first[..., None]).clamp(max=max(count - 1, 0))
-        self._store(take(dense["key"], index), take(dense["value"], index), count - first, {n: take(x, index) for n, x in slots.items()}, None)
+        slots = {name: take(x, index) for name, x in slots.items()}
+        self._store(take(dense["key"], index), take(dense["value"], index), count - first, slots, None)
 
     def _drop_pages(self) -> None:
         config = self.config

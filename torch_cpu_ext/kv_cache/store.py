@@ -138,7 +138,7 @@ class Tier:
         """Drops whole pages, which hold 16 tokens each; their places in the pool are free then.
 
         Args:
-            mask: bool ``(batch, KV heads, columns of the table)``: False for those to drop. Pages that a head doesn't have are not looked at.
+            mask: bool ``(batch, KV heads, columns of the table)``: False for those to drop. Columns without a page are not looked at.
         """
         column = torch.arange(self.table.shape[2])
         keep = mask & (column < self.pages[..., None])
