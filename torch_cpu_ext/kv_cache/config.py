@@ -21,8 +21,8 @@ class KVCrushConfig(Config):
         ratio: share of ``budget - start - recent`` that goes to representatives, in ``[0, 1]``; 0 is importance alone, the methods as they
             were published.
         importance: what is important. ``"snapkv"``: the attention of the last ``window`` queries (SnapKV, arXiv:2404.14469). ``"h2o"``:
-            that of all queries (H2O, arXiv:2306.14048). ``"tova"``: that of the last query (TOVA, arXiv:2401.06104). ``"streaming"``: the latest
-            tokens (StreamingLLM, arXiv:2309.17453). ``"key_norm"``: keys of small norm (arXiv:2406.11430). ``"random"``: a control.
+            that of all queries (H2O, arXiv:2306.14048). ``"tova"``: that of the last query (TOVA, arXiv:2401.06104). ``"streaming"``: the
+            latest tokens (StreamingLLM, arXiv:2309.17453). ``"key_norm"``: keys of small norm (arXiv:2406.11430). ``"random"``: a control.
         window: queries that ``"snapkv"`` scores are made of, and signatures where the scores are no attention.
         pool: ``"snapkv"`` scores become the largest among this many neighbouring tokens, an odd number.
         sample: ``"h2o"`` looks at every ``sample``-th query.

@@ -22,8 +22,8 @@ class CompressedKV:
     """Keys and values of one layer in pages, and attention over them; prompts are dense only while they are attended to.
 
     Tokens lie in up to four tiers: ``start`` (the first ones, where the dtype is int8 or int4), ``representative`` (where those have a
-    dtype of their own), ``old`` (pages of int8 or int4, each packed once, when its tokens are no longer recent) and ``recent``, the only one that
-    grows, which without the others holds all.
+    dtype of their own), ``old`` (pages of int8 or int4, each packed once, when its tokens are no longer recent) and ``recent``, the only
+    one that grows, which without the others holds all.
 
     Args:
         config: what to keep, and how.
@@ -42,7 +42,7 @@ class CompressedKV:
         self.part: Tensor | None = None  # float64 (batch, KV heads): a head's part of the layer's budget, as a multiple of the mean
         self.last_queries: Tensor | None = None
 
-    # ------------------------------------------------------------------------------------------------------------------------------ attention
+    # ---------------------------------------------------------------------------------------------------------------------------- attention
 
     def __call__(
         self, query: Tensor, key: Tensor, value: Tensor, padding: Tensor | None = None, *, scale: float, softcap: float = 0.0
@@ -200,7 +200,7 @@ class CompressedKV:
         recent.append(key, value, length)
         self._age()
 
-    # --------------------------------------------------------------------------------------------------------------------------------- tokens
+    # ------------------------------------------------------------------------------------------------------------------------------- tokens
 
     def _held(self) -> bool:
         return any(bool(tier.length.any()) for tier in self.tiers.values())
@@ -312,7 +312,7 @@ class CompressedKV:
         """int64 ``(batch, KV heads)``: tokens that are kept."""
         return torch.stack([tier.length for tier in self.tiers.values()]).sum(0)
 
-    # ------------------------------------------------------------------------------------------------------------------------------- eviction
+    # ----------------------------------------------------------------------------------------------------------------------------- eviction
 
     def _budget(self, shape: torch.Size) -> Tensor:
         """int64 ``(batch, KV heads)``: tokens that each head may keep now, if it competes with no other."""
@@ -431,7 +431,7 @@ class CompressedKV:
         self.evicted |= bool((chosen.count < tokens - first).any())
         self._store(take(key, index), take(value, index), chosen.count, slots, kind)
 
-    # --------------------------------------------------------------------------------------------------------------------------------- upkeep
+    # ------------------------------------------------------------------------------------------------------------------------------- upkeep
 
     def _upkeep(self) -> None:
         """What decoding leaves to be done every 16 tokens: packs pages that are no longer recent, drops pages over the budget."""
@@ -518,7 +518,7 @@ class CompressedKV:
         tier.keep(keep)
         self.evicted = True
 
-    # ------------------------------------------------------------------------------------------------------------------------------- the batch
+    # ---------------------------------------------------------------------------------------------------------------------------- the batch
 
     def rows(self, index: Tensor) -> None:
         """Makes the rows of the batch those that ``index``, int64, says."""
