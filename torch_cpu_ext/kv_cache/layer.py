@@ -310,24 +310,28 @@ class CompressedKV:
     @property
     def lengths(self) -> Tensor:
         """int64 ``(batch, KV heads)``: tokens that are kept."""
-        return torch.stack([tier.length for tier in self.tiers.values()]).sum(0)
+        lengths = [tier.length for tier in self.tiers.values()]
+        return lengths[0].clone() if len(lengths) == 1 else torch.stack(lengths).sum(0)
 
     # ----------------------------------------------------------------------------------------------------------------------------- eviction
 
     def _budget(self, shape: torch.Size) -> Tensor:
-        """int64 ``(batch, KV heads)``: tokens that each head may keep now, if it competes with no other."""
+        """int64 ``(batch, KV heads)``: tokens that each head may keep now."""
         config = self.config
-        seen = torch.full(shape[:1], self.seen) - (0 if self.padding is None else self.padding)
-        if isinstance(config.budget, float):
-            total = (config.budget * seen.double() + 0.5).floor().long()
+        if isinstance(config.budget, int) and config.layers == "uniform":
+            middle = torch.full(shape, config.budget - config.fixed)
         else:
-            total = torch.full_like(seen, config.budget)
-        middle = (total - config.fixed).clamp(min=1)
-        if config.layers == "pyramid":
-            room = (seen - config.fixed).clamp(min=1)
-            shares = [pyramid(int(m), self.layer, self.layers, int(r)) for m, r in zip(middle, room, strict=True)]
-            middle = torch.tensor(shares).clamp(min=1)
-        middle = middle[:, None].expand(shape)
+            seen = torch.full(shape[:1], self.seen) - (0 if self.padding is None else self.padding)
+            if isinstance(config.budget, float):
+                total = (config.budget * seen.double() + 0.5).floor().long()
+            else:
+                total = torch.full_like(seen, config.budget)
+            rest = (total - config.fixed).clamp(min=1)
+            if config.layers == "pyramid":
+                room = (seen - config.fixed).clamp(min=1)
+                shares = [pyramid(int(m), self.layer, self.layers, int(r)) for m, r in zip(rest, room, strict=True)]
+                rest = torch.tensor(shares).clamp(min=1)
+            middle = rest[:, None].expand(shape)
         if self.part is not None:
             middle = (self.part * middle).round().long().clamp(min=1)
         return config.fixed + middle
