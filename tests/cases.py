@@ -11,6 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import cases_kv_prefill
 import cases_kv_select
 import numpy as np
 import torch
@@ -1600,6 +1601,7 @@ CASES: dict[str, Case] = {
     case.op: case
     for case in (
         *(_LINEAR, _GROUP_OP, _GATED, _PACK, _UNPACK, _CHECK, _COMPRESS, _EXPAND, _ATTEND, _DECODE),
+        *cases_kv_prefill.CASES,
         *cases_kv_select.CASES,
     )
 }

@@ -1,5 +1,5 @@
-// The body of prefill.h, for every instruction set; after common/attention.inl, whose tags say what multiplies. Their X is here what queries,
-// keys, weights and values are.
+// The body of prefill.h, for every instruction set; after common/attention.inl, whose tags say what multiplies. Their X is here what
+// queries, keys, weights and values are.
 
 // The tag T, and how many queries and blocks of 16 tokens (or of 16 elements of the values) have their sums in registers at a time.
 template <typename T, int Rows, int Blocks>
@@ -228,8 +228,7 @@ static void attend_tile(const Prompt& p, int64_t head, int64_t tile) {
   float *largest = sums + all * d, *total = largest + all, *shrink = total + all;
   X* weights = reinterpret_cast<X*>(scores);
   constexpr int64_t stride = kStretchTokens * 4 / sizeof(X);
-  for (int64_t r = 0; r < rows; ++r)
-    load_elements(vector_at(p, p.q, b, h * g + r % g, live.skipped + begin + r / g), p.type, d, q + r * d);
+  for (int64_t r = 0; r < rows; ++r) load_elements(vector_at(p, p.q, b, h * g + r % g, live.skipped + begin + r / g), p.type, d, q + r * d);
   std::memset(q + rows * d, 0, (all - rows) * d * sizeof(X));
   std::memset(sums, 0, all * d * 4);
   std::fill_n(largest, all, none);
@@ -351,8 +350,7 @@ static void pool_head(const Prompt& p, int64_t query_head) {
   for (; 2 * width <= pool; width *= 2)
     for (int64_t i = 0; i < n + pool - width; i += kLanes)
       store_vector(window + i, larger(load_vector(window + i), load_vector(window + i + width)));
-  for (int64_t i = 0; i < n; i += kLanes)
-    store_vector(window + i, larger(load_vector(window + i), load_vector(window + i + pool - width)));
+  for (int64_t i = 0; i < n; i += kLanes) store_vector(window + i, larger(load_vector(window + i), load_vector(window + i + pool - width)));
   std::memcpy(out + live.first, window, n * 4);
 }
 

@@ -254,6 +254,17 @@ def test_equal_scores_keep_the_first(units):
     assert units_of(chosen) == list(range(units - 1))
 
 
+def test_many_scores_around_the_threshold(isa):
+    """Of 200000 scores, more lie between the bounds that a sample gives than are copied, and thousands lie close above those."""
+    n, ulp = 200_000, 2.0**-23
+    generator = torch.Generator().manual_seed(7)
+    above = 1 + ulp * torch.randint(1, 60, (90_000,), generator=generator)
+    below = 0.5 + torch.rand(98_000, generator=generator) / 2
+    score = torch.cat([above, torch.ones(n - 188_000), below])[torch.randperm(n, generator=generator)]
+    signature = sign(score[None, None], torch.tensor([0]), torch.tensor([n]))
+    assert signature[0, :, 0].nonzero()[:, 0].tolist() == sorted(score.sort(descending=True, stable=True).indices[: n // 2].tolist())
+
+
 def test_compiled():
     def both(score: Tensor, begin: Tensor, end: Tensor) -> tuple[Tensor, ...]:
         signature = sign(score, begin, end).unsqueeze(1)

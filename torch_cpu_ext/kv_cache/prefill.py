@@ -236,7 +236,8 @@ def _reference(
             out[b, mine, padding:] = (p @ v).to(query.dtype)
             if window or sample:
                 column = p[:, scored[scored >= padding] - padding].sum(1)
-                score[b, mine, begin:] = F.max_pool1d(column, pool, 1, pool // 2)
+                half = min(pool // 2, tokens - begin)
+                score[b, mine, begin:] = F.pad(column, (half, half), value=-math.inf).unfold(-1, 2 * half + 1, 1).amax(-1)
     signature = torch.zeros(batch, tokens if sign else 0, (heads + 63) // 64, dtype=torch.int64)
     if sign:
         start_of = (starts.amin(1) + min(start, tokens)).clamp_max(tokens)
