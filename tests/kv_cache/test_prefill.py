@@ -184,18 +184,20 @@ def test_compile_and_export(kind, tmp_path):
     """fullgraph with a dynamic number of tokens, and a program from a file."""
 
     class Layer(torch.nn.Module):
-        def forward(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, ...]:
-            return torch.ops.torch_cpu_ext.kv_cache_prefill(query, key, value, scale=0.2, window=4, pool=3, sign=True)
+        def forward(self, query: Tensor, key: Tensor, value: Tensor, first: Tensor, bias: Tensor) -> tuple[Tensor, ...]:
+            return torch.ops.torch_cpu_ext.kv_cache_prefill(query, key, value, first, bias, scale=0.2, window=4, pool=3, sign=True)
+
+    def example(n: int) -> tuple[Tensor, ...]:
+        return *tensors(kind, 4, 2, n, n, 16), torch.tensor([[3, 0]]), torch.randn(1, 2, n)
 
     module = Layer()
     compiled = torch.compile(module, fullgraph=True, dynamic=True, backend="aot_eager")
     tokens = torch.export.Dim("tokens", min=2, max=4096)
-    example = tensors(kind, 4, 2, 20, 20, 16)
-    program = torch.export.export(module, example, dynamic_shapes=({2: tokens},) * 3)
+    program = torch.export.export(module, example(20), dynamic_shapes=({2: tokens}, {2: tokens}, {2: tokens}, None, {2: tokens}))
     torch.export.save(program, tmp_path / "layer.pt2")
     loaded = torch.export.load(tmp_path / "layer.pt2").module()
     for n in (20, 33, 300):
-        args = tensors(kind, 4, 2, n, n, 16)
+        args = example(n)
         for function in (compiled, loaded):
             assert_same(Prefill(*function(*args)), Prefill(*module(*args)))
     torch._dynamo.reset()
