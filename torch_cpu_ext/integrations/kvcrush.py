@@ -434,9 +434,11 @@ def attention(
         raise ValueError(f"{NAME}: {layer.name} cannot be compressed, since its attention has {', '.join(refused) or 'dropout'}")
     if torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad):
         raise RuntimeError(f"{NAME}: there are no gradients through a KVCrushCache; use torch.no_grad()")
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling():  # the counts of a layer change after the call then
         out = torch.ops.torch_cpu_ext_kvcrush.attend(query, key, value, attention_mask, layer.handle, scale, softcap or 0.0)
     else:
+        if layer.kept.seen + key.shape[2] != layer.tokens:
+            raise ValueError(f"{NAME}: {layer.name} must attend once to what it was given; layers that share keys are not supported")
         out = layer.attend(query, key, value, attention_mask, scale, softcap or 0.0)
     return out.transpose(1, 2).contiguous(), None
 

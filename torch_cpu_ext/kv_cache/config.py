@@ -44,7 +44,8 @@ class KVCrushConfig(Config):
         evict: ``"prefill"``: after each call of more than 8 tokens, so that a prompt in chunks never needs the memory of all of it.
             ``"decode"``: before the first call of one token after calls of several, for the same choice as with a whole prompt.
             ``"manual"``: by `KVCrushCache.compress`.
-        decode_evict: whether decoding drops pages of 16 tokens, so as to stay within the budget and up to two pages.
+        decode_evict: whether decoding drops pages of 16 tokens, so as to stay within the budget and up to two pages; with
+            ``evict="manual"`` from the first `KVCrushCache.compress` that dropped something on.
     Raises:
         ValueError: a value is not among those accepted.
     """

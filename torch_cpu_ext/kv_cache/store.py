@@ -40,7 +40,7 @@ class Tier:
 
     def __init__(self, key: Tensor, value: Tensor, length: Tensor, dtype: str, slots: dict[str, Tensor], grows: bool) -> None:
         batch, heads, tokens, self.head_dim = key.shape
-        self.dtype, self.length = dtype, length.clone()
+        self.dtype, self.length, self.grows = dtype, length.clone(), grows
         filled = -(-length // TOKENS)
         self.pages = filled + grows  # of each head
         columns, used = -(-tokens // TOKENS), int(self.pages.sum())
@@ -168,7 +168,7 @@ class Tier:
         """Makes the rows of the batch those numbers; rows that are there twice get pages of their own for what is still written to."""
         self.table, self.length, self.pages = (t.index_select(0, index) for t in (self.table, self.length, self.pages))
         self.slots = {name: x.index_select(0, index) for name, x in self.slots.items()}
-        if len(index.unique()) < len(index):
+        if self.grows and len(index.unique()) < len(index):
             self._unshare()
         self._count_room()
 
