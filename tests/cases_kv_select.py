@@ -7,8 +7,9 @@ from fractions import Fraction
 from typing import Any
 
 import torch
-from case import Args, Bad, Case, Sample, replaced
 from torch import Tensor
+
+from case import Args, Bad, Case, Sample, replaced
 
 ANCHORS = ("random", "zeros", "ones", "mean", "inv_mean", "alternate")
 SCORES = ("normal", "softmax", "rounded", "equal", "special", "zeros")

@@ -6,13 +6,13 @@ import sys
 
 import pytest
 import torch
-from cases_kv_prefill import FLOATS
 from torch import Tensor
 from torch.nn import functional as F
 
 from torch_cpu_ext.core.registry import CATALOGUE
 from torch_cpu_ext.kv_cache import Prefill, prefill, sign
 
+from cases_kv_prefill import FLOATS
 from support import TESTS, forget_peak, peak_bytes, run_python, succeeded
 
 every_kind = pytest.mark.parametrize("kind", FLOATS, ids=lambda kind: str(kind).removeprefix("torch."))

@@ -6,7 +6,6 @@ import math
 import numpy as np
 import pytest
 import torch
-from cases_kv_select import ANCHORS, SCORES, kept, scores, signatures
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from kv_cache.variants import block_bits, openvino, vllm
@@ -14,6 +13,8 @@ from torch import Tensor
 
 import torch_cpu_ext as tce
 from torch_cpu_ext.kv_cache import Selection, select, sign
+
+from cases_kv_select import ANCHORS, SCORES, kept, scores, signatures
 
 MANY = settings(max_examples=150, deadline=None)
 
