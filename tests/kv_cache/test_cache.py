@@ -107,7 +107,8 @@ def test_nothing_dropped_whatever_the_options(model, plain, options, budget):
     assert own.layers[0].positions().equal(torch.arange(136).expand(2, 2, 136))
 
 
-@pytest.mark.parametrize(("dtype", "tolerance"), [("bf16", 0.02), ("int8", 0.02), ("int4", 0.25)])
+# Queries are rounded to 8 bits for int8 pages where the machine multiplies those.
+@pytest.mark.parametrize(("dtype", "tolerance"), [("bf16", 0.02), ("int8", 0.05), ("int4", 0.25)])
 def test_rounded_pages(model, plain, dtype, tolerance):
     parts = tokens(2, 150).split((100, *[1] * 50), 1)
     own = cache(model, dtype=dtype)
