@@ -74,6 +74,7 @@ class Replacement(nn.Module):
     # Those whose module needs an extra.
     elsewhere: ClassVar[dict[str, str]] = {
         "FusedDecoder": "torch_cpu_ext.integrations.decoder",
+        "KVCrushAttention": "torch_cpu_ext.integrations.kvcrush",
         "SparseMLP": "torch_cpu_ext.integrations.mlp",
     }
 
@@ -101,6 +102,9 @@ class Replacement(nn.Module):
     @classmethod
     def settle(cls, model: nn.Module) -> None:
         """Called once all replacements of a model have their weights."""
+
+    def leave(self, model: nn.Module) -> None:
+        """Called by `restore` before this module is taken out of ``model``: undoes what `settle` did to other parts of it."""
 
 
 class SharingReplacement(Replacement):
@@ -208,10 +212,8 @@ class Report:
             ]
             widths = [max(len(row[i]) for row in (header, *cells)) for i in range(len(header))]
             lines = ["  ".join(text.ljust(width) for text, width in zip(row, widths, strict=True)).rstrip() for row in (header, *cells)]
-            ratio = self.bytes_before / max(1, self.bytes_after)
-            lines.append(
-                f"{len(self.rows)} modules, {self.bytes_before / 1e6:.1f} MB -> {self.bytes_after / 1e6:.1f} MB ({ratio:.2f} times smaller)"
-            )
+            ratio = f" ({self.bytes_before / max(1, self.bytes_after):.2f} times smaller)" if self.bytes_before else ""
+            lines.append(f"{len(self.rows)} modules, {self.bytes_before / 1e6:.1f} MB -> {self.bytes_after / 1e6:.1f} MB{ratio}")
         lines += [f"left as it was: {name or '(model)'}: {reason}" for name, reason in self.kept.items()]
         return "\n".join(lines)
 
@@ -245,6 +247,8 @@ def restore(model: nn.Module) -> nn.Module:
         ``model``, or its original if it was itself a replacement.
     """
     replacements = {name: module for name, module in model.named_modules() if isinstance(module, Replacement)}
+    for module in replacements.values():
+        module.leave(model)
     result = put(model, {name: module.original() for name, module in replacements.items()})
     if hasattr(result, _KEPT):
         delattr(result, _KEPT)
