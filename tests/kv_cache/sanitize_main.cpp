@@ -11,6 +11,7 @@
 #include <string>
 #include <vector>
 
+#include "attend.h"
 #include "prefill.h"
 #include "select.h"
 
@@ -171,10 +172,12 @@ int64_t check_selection() {
 
 }  // namespace
 
+#include "sanitize_attend.h"
 #include "sanitize_prefill.h"
 
 int main() {
   std::printf("%lld calls of selection\n", static_cast<long long>(check_selection()));
+  std::printf("%lld calls of attention over pages\n", static_cast<long long>(check_attend()));
   std::printf("%lld calls of prefill\n", static_cast<long long>(check_prefill()));
   return 0;
 }
