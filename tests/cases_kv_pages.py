@@ -70,6 +70,8 @@ def page_by_hand(x: Tensor, kind: str, dtype: str) -> Tensor:
 
 def read_by_hand(page: Tensor, kind: str, head_dim: int) -> tuple[np.ndarray, np.ndarray]:
     """float64 values of a page, and the scale of each; 0 where there are none."""
+    if page.dtype == torch.int16:
+        return read_sparse_by_hand(page, kind, head_dim), np.zeros((16, head_dim))
     dtype, d = NAMES[page.dtype], head_dim
     per_lane = {"fp32": 1, "bf16": 2, "int8": 4, "int4": 8}[dtype]
     values, steps = np.zeros((16, d)), np.zeros((16, d))
@@ -89,6 +91,27 @@ def read_by_hand(page: Tensor, kind: str, head_dim: int) -> tuple[np.ndarray, np
             code = raw[i] if dtype == "int8" else raw[i // 8 * 4 + half // 2] >> 4 * (half % 2) & 15
             values[t, e], steps[t, e] = grid[g] * code + grid[len(shared) + g], grid[g]
     return values, steps
+
+
+def read_sparse_by_hand(page: Tensor, kind: str, head_dim: int) -> np.ndarray:
+    """A bitmap, then the values of its bits: rows of a block of bf16, those of values by their sixteen elements first."""
+    bits = np.unpackbits(page[:head_dim].view(torch.uint8).numpy(), bitorder="little")
+    numbers = iter(page[head_dim:].view(torch.bfloat16).double().tolist())
+    values = np.zeros((16, head_dim))
+    for i, bit in enumerate(bits):
+        row, at = divmod(i, 32)
+        token, element = (at // 2, 2 * row + at % 2) if kind == "key" else (row % 8 * 2 + at % 2, row // 8 * 16 + at // 2)
+        if bit:
+            values[token, element] = next(numbers)
+    assert next(numbers, None) is None
+    return values
+
+
+def packed(x: Tensor, kind: str, dtype: str) -> Tensor:
+    """Pages of a dtype, or ``"sparse"`` ones that keep the half, as this package makes them."""
+    if dtype == "sparse":
+        return torch.ops.torch_cpu_ext.sparse_linear_compress_kv(x, kind=kind, sparsity=0.5).view(torch.int16)
+    return torch.ops.torch_cpu_ext.kv_cache_pack(x, kind=kind, dtype=dtype)
 
 
 def random_kv(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
@@ -165,7 +188,7 @@ _PACK = Case(
 
 
 def unpack_sample(x: Tensor, kind: str, dtype: str) -> Sample:
-    pages = torch.ops.torch_cpu_ext.kv_cache_pack(x, kind=kind, dtype=dtype)
+    pages = packed(x, kind, dtype)
     batch, heads, tokens, d = x.shape
 
     def expected() -> tuple[Tensor, float]:
@@ -180,7 +203,10 @@ def unpack_sample(x: Tensor, kind: str, dtype: str) -> Sample:
 @functools.cache
 def _unpack_samples() -> list[Sample]:
     generator = torch.Generator().manual_seed(42)
-    return [unpack_sample(random_kv(shape, generator), kind, dtype) for shape, kind, dtype in itertools.product(SHAPES, KINDS, TYPES)]
+    return [
+        unpack_sample(random_kv(shape, generator), kind, dtype)
+        for shape, kind, dtype in itertools.product(SHAPES, KINDS, (*TYPES, "sparse"))
+    ]
 
 
 @functools.cache
@@ -195,9 +221,21 @@ _UNPACK = Case(
     few=_few_unpack,
     strided=("pages",),
     bad=[
-        Bad("kv_cache_unpack: pages must be float32, bfloat16, int8 or uint8 (int4), got Half", replaced(pages=lambda p: p.half())),
+        Bad(
+            "kv_cache_unpack: pages must be float32, bfloat16, int8, uint8 (int4) or int16 (sparse), got Half",
+            replaced(pages=lambda p: p.half()),
+        ),
         Bad("kv_cache_unpack: pages must be 4-D (batch, KV heads, pages, elements), got 3-D", replaced(pages=lambda p: p[0])),
         Bad("kv_cache_unpack: pages must have pages of 512 elements for head_dim 32, got 511", replaced(pages=lambda p: p[..., 1:])),
+        Bad(
+            "kv_cache_unpack: pages must have sparse pages of a size that fits head_dim 32, got 33 elements",
+            replaced(pages=lambda p: torch.zeros(1, 2, 2, 33, dtype=torch.int16)),
+        ),
+        Bad(
+            "kv_cache_unpack: sparse pages must be intact, got a page whose bitmap does not fit its size",
+            replaced(pages=lambda p: torch.zeros(1, 2, 2, 64, dtype=torch.int16)),
+            traced=False,
+        ),
         Bad("kv_cache_unpack: kind must be key or value, got ", replaced(kind="")),
         Bad("kv_cache_unpack: head_dim must be a positive multiple of 16, got 24", replaced(head_dim=24)),
         Bad("kv_cache_unpack: head_dim must be a positive multiple of 16, got 0", replaced(head_dim=0)),
@@ -351,7 +389,7 @@ def attend_model(args: Args) -> tuple[Tensor, Tensor]:
                     numbers, own_steps = read_by_hand(pool_page(pool, table, b, h, i), kind, d)
                     to += list(numbers[: count - 16 * i])
                     steps += list(own_steps[: count - 16 * i])
-            kinds += [NAMES[k_pool.dtype]] * count
+            kinds += [NAMES.get(k_pool.dtype, "bf16")] * count
             added += args["bias"][n][b, h, :count].double().tolist() if args["bias"] else [0.0] * count
             places += range(at, at + count)
             at += slots[n]
@@ -419,7 +457,7 @@ def attend_sample(
         lengths[-1, -1] = most
         for name, dtype, which in zip(("k_pages", "v_pages"), pair, KINDS, strict=True):
             x = random_kv((room, own, 16, d), generator)
-            pool = torch.ops.torch_cpu_ext.kv_cache_pack(x, kind=which, dtype=dtype)[:, :, 0].clone()
+            pool = packed(x, which, dtype)[:, :, 0].clone()
             args[name].append(pool)
             for b, h in itertools.product(range(batch), range(heads)) if rest and dtype in ("fp32", "bf16") else ():
                 end = int(lengths[b, h])
@@ -436,7 +474,7 @@ def attend_sample(
     return Sample(name, args, functools.cache(lambda: attend_model(args)))
 
 
-SAME = tuple((dtype, dtype) for dtype in TYPES)
+SAME = tuple((dtype, dtype) for dtype in (*TYPES, "sparse"))
 
 
 @functools.cache
@@ -458,7 +496,7 @@ def _attend_samples() -> list[Sample]:
             samples.append(attend_sample(group=4, types=(pair,), tokens=(37,), rest=rest, seed=next(seeds)))
     samples.append(attend_sample(types=(("int8", "int4"), ("bf16", "bf16")), tokens=(64, 20), group=4, seed=next(seeds)))
     samples.append(attend_sample(types=(("int4", "fp32"), ("bf16", "int8"), ("fp32", "fp32")), tokens=(32, 16, 9), seed=next(seeds)))
-    samples.append(attend_sample(batch=3, heads=1, types=(*SAME,), tokens=(16, 32, 48, 5), group=2, bias=True, seed=next(seeds)))
+    samples.append(attend_sample(batch=3, heads=1, types=(*SAME,), tokens=(16, 32, 48, 5, 20), group=2, bias=True, seed=next(seeds)))
     samples.append(attend_sample(heads=1, tokens=(8200,), d=16, types=(("bf16", "bf16"),), seed=next(seeds)))  # longer parts
     samples.append(attend_sample(length=4, tokens=(2,), seed=next(seeds)))  # queries before the first token
     samples.append(attend_sample(length=0, seed=next(seeds)))
@@ -506,8 +544,16 @@ _ATTEND = Case(
             lambda args: args | {n: [args[n][0].repeat(1, 2, 1), args[n][1]] for n in ("k_pages", "v_pages")},
         ),
         Bad(
-            "kv_cache_attend: v_pages[1] must be float32, bfloat16, int8 or uint8 (int4), got Half",
+            "kv_cache_attend: v_pages[1] must be float32, bfloat16, int8, uint8 (int4) or int16 (sparse), got Half",
             _listed("v_pages", lambda p: [p[0], p[1].half()]),
+        ),
+        *(
+            Bad(
+                "kv_cache_attend: sparse pages must be intact, got a page whose bitmap does not fit its size",
+                _listed(name, lambda p, value=value: [torch.full((p[0].shape[0], 1, 64), value, dtype=torch.int16), p[1]]),
+                traced=False,
+            )
+            for name, value in itertools.product(("k_pages", "v_pages"), (0, -1))
         ),
         *_wrong_pools("kv_cache_attend", "[0]"),
     ],

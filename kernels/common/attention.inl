@@ -204,9 +204,10 @@ static void weigh(const Stretch& a, int64_t row, int64_t begin, int64_t width, f
   } else {
     for (int32_t i = 0; i < width; i += kLanes) finish.template operator()<false>(i);
   }
+  constexpr float power = 1.44269504f;  // exp(x) = 2^(power x)
   const float largest = max_lanes(most), base = largest == none ? 0 : largest;
   for (int64_t i = 0; i < width; i += kLanes) {
-    const Vector weight = exponential_up_to_88(load_vector(scores + i) - base);
+    const Vector weight = power_of_two((load_vector(scores + i) - base) * power);
     sum += weight;
     T::put(weights + i, weight);
   }

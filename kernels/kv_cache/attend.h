@@ -13,16 +13,18 @@ namespace tce::kv_cache {
 //   int8   keys    [d / 4][16 tokens][4] | grid        values  [4 quads][d][4] | grid
 //   int4   keys    [d / 8][16 tokens][8 halves] | grid values  [2 eights][d][8 halves] | grid
 //
+//   sparse keys and values as sparse_linear/attention.h draws them: a bitmap word for each row of bf16, then the elements that are not zero
+//
 // x = scale * code + minimum, codes from 0 to 255 or 15. The grid is the scales, then the minimums, as float16: of the 16 tokens, or, for
 // int4 keys, of the d elements. The halves of a lane of int4, from the lowest bits on, are numbers 0 2 4 6 1 3 5 7 of the eight along the
 // sum, so that a shift by 4 r brings numbers 2 r and 2 r + 1 to the lowest bits of the lane's two 16-bit words.
-enum class PageType { fp32, bf16, int8, int4 };
+enum class PageType { fp32, bf16, int8, int4, sparse };
 enum class Kind { key, value };
 
 constexpr int64_t kPageTokens = kBlockTokens, kLaneCount = 16, kRowBytes = kBlockRow;
 
 constexpr bool has_grid(PageType type) { return type == PageType::int8 || type == PageType::int4; }
-// Bytes of the rows of a page: its grid starts there.
+// Bytes of the rows of a page, not of a sparse one: its grid starts there.
 constexpr int64_t rows_bytes(PageType type, int64_t dim) { return kPageTokens * dim * 4 >> static_cast<int>(type); }
 // Groups of numbers with a scale and a minimum of their own.
 constexpr int64_t grid_groups(PageType type, Kind kind, int64_t dim) {
@@ -30,9 +32,15 @@ constexpr int64_t grid_groups(PageType type, Kind kind, int64_t dim) {
 }
 constexpr int64_t page_bytes(PageType type, Kind kind, int64_t dim) { return rows_bytes(type, dim) + 4 * grid_groups(type, kind, dim); }
 
-// 16 tokens of `dim` elements to a page and back; x is contiguous, at any address. read_page writes floats for fp32, else bf16.
+// Whether sparse pages of vectors of d elements can have this size.
+constexpr bool valid_sparse_bytes(int64_t bytes, int64_t dim) {
+  return bytes >= 2 * dim + 32 && bytes < block_bytes(dim) && (bytes - 2 * dim) % 32 == 0;
+}
+
+// 16 tokens of `dim` elements to a page and back; x is contiguous, at any address. read_page writes floats for fp32, else bf16;
+// it is false if the bitmap of a sparse page does not fit its size. Sparse pages are not written here.
 void write_page(const void* x, Float float_type, int64_t dim, Kind kind, PageType type, uint8_t* page);
-void read_page(const uint8_t* page, int64_t dim, Kind kind, PageType type, void* x);
+bool read_page(const uint8_t* page, int64_t bytes, int64_t dim, Kind kind, PageType type, void* x);
 // One token into a slot of a page of fp32 or bf16.
 void write_token(const void* x, Float float_type, int64_t dim, Kind kind, PageType type, int64_t slot, uint8_t* page);
 
@@ -82,7 +90,8 @@ struct Attention {
 };
 
 struct AttendVariant {
-  void (*part)(const Attention& attention, int64_t part);
+  // False if the bitmap of a sparse page does not fit its size; nothing outside the page is read even then.
+  bool (*part)(const Attention& attention, int64_t part);
   // Joins the parts of a head.
   void (*join)(const Attention& attention, int64_t head);
 };

@@ -2,6 +2,7 @@
 //
 //   Bf16, Fp32           tags of attention.inl, for pages of bf16 and of floats
 //   kInt8, kInt4         whether it multiplies codes themselves (attend_vnni.inl, attend_bf16.inl); else they become floats first
+//   spread(word, values, count, row)   a row of bf16 from its bitmap word and `count` values; see Scattered
 
 // What a part works on, in scratch.
 template <typename K>
@@ -74,6 +75,37 @@ static const uint8_t* expand_page(const uint8_t* page, PageType type, Kind kind,
   return out;
 }
 
+struct Scattered {
+  static void spread(uint32_t word, const uint8_t* values, int64_t, uint8_t* row) {
+    for (int64_t i = 0; i < 32; ++i) {
+      uint16_t value = 0;
+      if (word >> i & 1) {
+        std::memcpy(&value, values, 2);
+        values += 2;
+      }
+      std::memcpy(row + 2 * i, &value, 2);
+    }
+  }
+};
+
+// A sparse page as a block of bf16; false if its bitmap does not fit its size.
+template <typename K>
+static bool expand_sparse(const uint8_t* page, int64_t bytes, Kind kind, int64_t dim, uint8_t* out) {
+  const int64_t rows = block_rows(dim), groups = dim / kWide;
+  const uint8_t* values = page + 4 * rows;
+  int64_t left = (bytes - 4 * rows) / 2;
+  for (int64_t row = 0; row < rows; ++row) {
+    uint32_t word;
+    std::memcpy(&word, page + 4 * row, 4);
+    const int64_t count = std::popcount(word), place = kind == Kind::key ? row : row % 8 * groups + row / 8;
+    if (count > left) return false;
+    K::spread(word, values, count, out + place * kRowBytes);
+    values += 2 * count;
+    left -= count;
+  }
+  return left == 0;
+}
+
 // A copy of a page of values with zeros in the slots without a token, which may hold anything, NaN too.
 static const uint8_t* without_others(const uint8_t* page, int64_t lane, int64_t filled, int64_t dim, uint8_t* out) {
   const int64_t bytes = 4 / lane;
@@ -115,13 +147,13 @@ static void score_plain(const Work<K>& w, const typename T::X* q, float* scores)
   }
 }
 
-template <typename K>
-static void score_expanded(const Work<K>& w, float* scores) {
-  using T = typename K::Fp32;
+// Pages that `open` makes so first.
+template <typename T, typename K, typename Open>
+static void score_opened(const Work<K>& w, const typename T::X* q, float* scores, const Open& open) {
   for (int64_t i = w.first; i < w.last; ++i) {
-    const uint8_t* page = expand_page(w.key(i), w.pool.k_type, Kind::key, w.a.dim, w.page);
+    const uint8_t* page = open(i);
     for_rows<T>(w.a.rows, [&]<int M>(int64_t r) {
-      score_rows<T, M>(NearRows{page}, w.a.dim, w.q + r * w.a.dim, w.a.dim, scores + r * kPartTokens + (i - w.first) * kPageTokens,
+      score_rows<T, M>(NearRows{page}, w.a.dim / T::kLane, q + r * w.a.dim, w.a.dim, scores + r * kPartTokens + (i - w.first) * kPageTokens,
                        kPartTokens);
     });
   }
@@ -139,7 +171,7 @@ static void mix_pages(const Work<K>& w, const typename T::X* weights, float* sum
 }
 
 template <typename K>
-static void attend_part(const Attention& a, int64_t index) {
+static bool attend_part(const Attention& a, int64_t index) {
   using X = typename K::Bf16::X;
   const Part& part = a.parts[index];
   const Pool& pool = a.pools[part.pool];
@@ -175,6 +207,8 @@ static void attend_part(const Attention& a, int64_t index) {
     seen[a.rows + r] = std::min(part.end, a.tokens[part.head] - a.length + 1 + r % a.length - part.before);
   }
 
+  bool intact = true;
+  const auto floats = [&](int64_t i) { return expand_page(w.key(i), pool.k_type, Kind::key, d, w.page); };
   switch (pool.k_type) {
     case PageType::fp32:
       score_plain<typename K::Fp32>(w, w.q, scores);
@@ -188,15 +222,23 @@ static void attend_part(const Attention& a, int64_t index) {
         score_int8(w, q_other, scores);
         break;
       }
-      score_expanded(w, scores);
+      score_opened<typename K::Fp32>(w, w.q, scores, floats);
       break;
     case PageType::int4:
       if constexpr (K::kInt4) {
         score_int4(w, reinterpret_cast<uint16_t*>(q_other), scores);
         break;
       }
-      score_expanded(w, scores);
+      score_opened<typename K::Fp32>(w, w.q, scores, floats);
+      break;
+    case PageType::sparse:
+      convert<typename K::Bf16>(w.q, a.rows * d, reinterpret_cast<X*>(q_other));
+      score_opened<typename K::Bf16>(w, reinterpret_cast<const X*>(q_other), scores, [&](int64_t i) {
+        intact &= expand_sparse<K>(w.key(i), pool.k_bytes, Kind::key, d, w.page);
+        return w.page;
+      });
   }
+  if (!intact) return false;
 
   const float* bias = pool.bias == nullptr ? nullptr : pool.bias + part.head * pool.width * kPageTokens + first * kPageTokens;
   float* sums = a.sums + index * a.rows * d;
@@ -217,15 +259,18 @@ static void attend_part(const Attention& a, int64_t index) {
 
   std::fill_n(sums, a.rows * d, 0.0f);
   const auto value = [&](int64_t i) { return w.value(i); };
+  const auto round_weights = [&] {
+    for (int64_t r = 0; r < a.rows; ++r)
+      convert<typename K::Bf16>(w.weights + r * kPartTokens, w.width, reinterpret_cast<X*>(w_other) + r * kPartTokens);
+    return reinterpret_cast<const X*>(w_other);
+  };
   const auto expanded = [&](int64_t i) { return expand_page(w.value(i), pool.v_type, Kind::value, d, w.page); };
   switch (pool.v_type) {
     case PageType::fp32:
       mix_pages<typename K::Fp32>(w, w.weights, sums, value);
       break;
     case PageType::bf16:
-      for (int64_t r = 0; r < a.rows; ++r)
-        convert<typename K::Bf16>(w.weights + r * kPartTokens, w.width, reinterpret_cast<X*>(w_other) + r * kPartTokens);
-      mix_pages<typename K::Bf16>(w, reinterpret_cast<const X*>(w_other), sums, value);
+      mix_pages<typename K::Bf16>(w, round_weights(), sums, value);
       break;
     case PageType::int8:
       if constexpr (K::kInt8) {
@@ -240,7 +285,14 @@ static void attend_part(const Attention& a, int64_t index) {
         break;
       }
       mix_pages<typename K::Fp32>(w, w.weights, sums, expanded);
+      break;
+    case PageType::sparse:
+      mix_pages<typename K::Bf16>(w, round_weights(), sums, [&](int64_t i) {
+        intact &= expand_sparse<K>(w.value(i), pool.v_bytes, Kind::value, d, w.page);
+        return w.page;
+      });
   }
+  return intact;
 }
 
 template <typename K>

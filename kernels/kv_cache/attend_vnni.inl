@@ -1,4 +1,12 @@
-// Pages of int8, multiplied as they are by vpdpbusd; for files whose region has VNNI.
+// Pages of int8, multiplied as they are by vpdpbusd, and of sparse rows; for files whose region has VNNI and VBMI2.
+
+// Rows of sparse pages by vpexpandw; for files whose region has VBMI2.
+struct Expanding {
+  static void spread(uint32_t word, const uint8_t* values, int64_t count, uint8_t* row) {
+    const auto some = static_cast<__mmask32>((uint64_t{1} << count) - 1);
+    _mm512_storeu_si512(row, _mm512_maskz_expand_epi16(word, _mm512_maskz_loadu_epi16(some, values)));
+  }
+};
 
 constexpr float kMostWhole = 127 * 256;
 

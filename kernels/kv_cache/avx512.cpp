@@ -26,7 +26,7 @@ static unsigned greater(Integers a, Integers b) {
 static int64_t nth_bit(uint64_t bits, int64_t n) { return std::countr_zero(_pdep_u64(uint64_t{1} << n, bits)); }
 #include "select.inl"
 
-struct Attend {
+struct Attend : Scattered {
   using Bf16 = Exact<4, 8>;
   using Fp32 = Singles<4, 8>;
   static constexpr bool kInt8 = false, kInt4 = false;

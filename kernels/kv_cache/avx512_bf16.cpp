@@ -34,7 +34,7 @@ struct Products {
   static Vector add(Vector sum, Integers row, const X* x) { return Vector(add_pair(__m512(sum), __m512i(row), x)); }
 };
 
-struct Attend {
+struct Attend : Expanding {
   using Bf16 = Products;
   using Fp32 = Singles<4, 8>;
   static constexpr bool kInt8 = true, kInt4 = true;

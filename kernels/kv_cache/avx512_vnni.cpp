@@ -25,7 +25,7 @@ static int64_t nth_bit(uint64_t bits, int64_t n) { return std::countr_zero(_pdep
 #include "select.inl"
 #include "attend_vnni.inl"
 
-struct Attend {
+struct Attend : Expanding {
   using Bf16 = Exact<4, 8>;
   using Fp32 = Singles<4, 8>;
   static constexpr bool kInt8 = true, kInt4 = false;

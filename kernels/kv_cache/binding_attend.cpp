@@ -48,13 +48,26 @@ PageType page_type(const Tensor& pages, Kind kind, int64_t head_dim, const char*
       type = PageType::int4;
       element = 1;
       break;
+    case ScalarType::Short:
+      STD_TORCH_CHECK(valid_sparse_bytes(2 * pages.size(pages.dim() - 1), head_dim), op, ": ", argument,
+                      " must have sparse pages of a size that fits head_dim ", head_dim, ", got ", pages.size(pages.dim() - 1),
+                      " elements");
+      return PageType::sparse;
     default:
-      STD_TORCH_CHECK(false, op, ": ", argument, " must be float32, bfloat16, int8 or uint8 (int4), got ", name_of(pages));
+      STD_TORCH_CHECK(false, op, ": ", argument, " must be float32, bfloat16, int8, uint8 (int4) or int16 (sparse), got ", name_of(pages));
   }
   const int64_t size = page_bytes(type, kind, head_dim) / element;
   STD_TORCH_CHECK(pages.size(pages.dim() - 1) == size, op, ": ", argument, " must have pages of ", size, " elements for head_dim ",
                   head_dim, ", got ", pages.size(pages.dim() - 1));
   return type;
+}
+
+int64_t bytes_of(const Tensor& pages, PageType type, Kind kind, int64_t head_dim) {
+  return type == PageType::sparse ? 2 * pages.size(pages.dim() - 1) : page_bytes(type, kind, head_dim);
+}
+
+void check_intact(bool intact, const char* op) {
+  STD_TORCH_CHECK(intact, op, ": sparse pages must be intact, got a page whose bitmap does not fit its size");
 }
 
 Tensor pack(Tensor x, std::string kind_name, std::string dtype) {
@@ -91,16 +104,19 @@ Tensor unpack(Tensor pages, std::string kind_name, int64_t head_dim) {
   STD_TORCH_CHECK(pages.dim() == 4, op, ": pages must be 4-D (batch, KV heads, pages, elements), got ", pages.dim(), "-D");
   const PageType type = page_type(pages, kind, head_dim, op, "pages");
   pages = torch::stable::contiguous(pages);
-  const int64_t bytes = page_bytes(type, kind, head_dim), count = pages.size(0) * pages.size(1) * pages.size(2);
+  const int64_t bytes = bytes_of(pages, type, kind, head_dim), count = pages.size(0) * pages.size(1) * pages.size(2);
   const bool floats = type == PageType::fp32;
   Tensor x = torch::stable::empty({pages.size(0), pages.size(1), pages.size(2) * kPageTokens, head_dim},
                                   floats ? ScalarType::Float : ScalarType::BFloat16);
   const auto* source = static_cast<const uint8_t*>(pages.const_data_ptr());
   auto* target = static_cast<uint8_t*>(x.mutable_data_ptr());
+  std::atomic<bool> intact{true};
   parallel_for(0, count, 16, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i)
-      read_page(source + i * bytes, head_dim, kind, type, target + i * kPageTokens * head_dim * (floats ? 4 : 2));
+      if (!read_page(source + i * bytes, bytes, head_dim, kind, type, target + i * kPageTokens * head_dim * (floats ? 4 : 2)))
+        intact = false;
   });
+  check_intact(intact, op);
   return x;
 }
 
@@ -133,8 +149,8 @@ Pool pool_of(Tensor& k, Tensor& v, Tensor& table, Tensor& length, int64_t batch,
           static_cast<const uint8_t*>(v.const_data_ptr()),
           types[0],
           types[1],
-          page_bytes(types[0], Kind::key, head_dim),
-          page_bytes(types[1], Kind::value, head_dim),
+          bytes_of(k, types[0], Kind::key, head_dim),
+          bytes_of(v, types[1], Kind::value, head_dim),
           k.size(1),
           static_cast<const int32_t*>(table.const_data_ptr()),
           table.size(2),
@@ -285,7 +301,11 @@ std::tuple<Tensor, Tensor, Tensor> attend(Tensor query, std::vector<Tensor> k_pa
                             slots};
   const AttendVariant& kernel = kAttend.get();
   const int64_t threads = bytes < kSerialBytes ? 1 : torch::stable::get_num_threads();
-  for_each_dynamic(first_part[heads], threads, [&](int64_t i) { kernel.part(attention, i); });
+  std::atomic<bool> intact{true};
+  for_each_dynamic(first_part[heads], threads, [&](int64_t i) {
+    if (!kernel.part(attention, i)) intact = false;
+  });
+  check_intact(intact, op);
   for_each_dynamic(heads, first_part[heads] > heads ? threads : 1, [&](int64_t i) { kernel.join(attention, i); });
   return {out, lse, masses};
 }

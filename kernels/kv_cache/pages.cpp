@@ -52,6 +52,28 @@ int code_of(float x, const Grid& grid, int most) {
   return static_cast<int>(std::min(std::max(code, 0.0f), static_cast<float>(most)));
 }
 
+// The rows of a sparse page are those of a block of bf16, those of values by their sixteen elements first.
+bool read_sparse(const uint8_t* page, int64_t bytes, int64_t dim, Kind kind, uint16_t* x) {
+  const int64_t rows = block_rows(dim);
+  const uint8_t* values = page + 4 * rows;
+  int64_t left = (bytes - 4 * rows) / 2;
+  for (int64_t row = 0; row < rows; ++row) {
+    uint32_t word;
+    std::memcpy(&word, page + 4 * row, 4);
+    for (int64_t i = 0; i < 32; ++i) {
+      const int64_t token = kind == Kind::key ? i / 2 : row % 8 * 2 + i % 2, j = kind == Kind::key ? 2 * row + i % 2 : row / 8 * 16 + i / 2;
+      uint16_t value = 0;
+      if (word >> i & 1) {
+        if (left-- == 0) return false;
+        std::memcpy(&value, values, 2);
+        values += 2;
+      }
+      std::memcpy(reinterpret_cast<char*>(x) + 2 * (token * dim + j), &value, 2);
+    }
+  }
+  return left == 0;
+}
+
 bool by_token(PageType type, Kind kind) { return type == PageType::int8 || kind == Kind::value; }
 
 }  // namespace
@@ -87,7 +109,8 @@ void write_page(const void* x, Float float_type, int64_t dim, Kind kind, PageTyp
   }
 }
 
-void read_page(const uint8_t* page, int64_t dim, Kind kind, PageType type, void* x) {
+bool read_page(const uint8_t* page, int64_t bytes, int64_t dim, Kind kind, PageType type, void* x) {
+  if (type == PageType::sparse) return read_sparse(page, bytes, dim, kind, static_cast<uint16_t*>(x));
   const Place place{dim, kind, lane_of(type)};
   const bool tokens = by_token(type, kind);
   const int64_t groups = grid_groups(type, kind, dim), rows = rows_bytes(type, dim);
@@ -110,6 +133,7 @@ void read_page(const uint8_t* page, int64_t dim, Kind kind, PageType type, void*
       static_cast<uint16_t*>(x)[i] = float_to_bf16(fp16_to_float(grid[0]) * static_cast<float>(code) + fp16_to_float(grid[1]));
     }
   }
+  return true;
 }
 
 void write_token(const void* x, Float float_type, int64_t dim, Kind kind, PageType type, int64_t slot, uint8_t* page) {

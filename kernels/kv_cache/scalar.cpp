@@ -28,7 +28,7 @@ static int64_t nth_bit(uint64_t bits, int64_t n) {
 }
 #include "select.inl"
 
-struct Attend {
+struct Attend : Scattered {
   using Bf16 = Exact<1, 1>;
   using Fp32 = Singles<1, 1>;
   static constexpr bool kInt8 = false, kInt4 = false;

@@ -9,7 +9,10 @@ float32    ``"fp32"``     ``16 * head_dim``                       ``16 * head_di
 bfloat16   ``"bf16"``     ``16 * head_dim``                       ``16 * head_dim``
 int8       ``"int8"``     ``16 * head_dim + 64``                  ``16 * head_dim + 64``
 uint8      ``"int4"``     ``12 * head_dim``                       ``8 * head_dim + 64``
+int16      sparse bf16    ``head_dim + 16 * kept``                ``head_dim + 16 * kept``
 ========== ============== =====================================  =========================================
+
+The last are what `torch_cpu_ext.sparse_linear.compress_kv` makes, viewed as int16 where they are smaller than dense ones.
 """
 
 import math
@@ -152,21 +155,27 @@ def unpack(pages: Tensor, *, kind: str, head_dim: int) -> Tensor:
     """The keys or values that pages stand for.
 
     Args:
-        pages: ``(batch, KV heads, pages, elements)``, as `pack` made them, any strides.
+        pages: ``(batch, KV heads, pages, elements)``, as `pack` made them, or sparse ones; any strides.
         kind: ``"key"`` or ``"value"``, as for `pack`.
         head_dim: elements of a vector.
     Returns:
         ``(batch, KV heads, 16 * pages, head_dim)``, float32 of pages that are float32, else bfloat16.
     Raises:
-        RuntimeError: a dtype, shape or name does not fit.
+        RuntimeError: a dtype, shape or name does not fit, or a sparse page is damaged.
     """
     return torch.ops.torch_cpu_ext.kv_cache_unpack(pages, kind=kind, head_dim=head_dim)
 
 
 def _check_pages(op: str, argument: str, pages: Tensor, kind: str, head_dim: int) -> None:
+    if pages.dtype == torch.int16:
+        torch._check(
+            head_dim + 16 <= pages.shape[-1] < 16 * head_dim and (pages.shape[-1] - head_dim) % 16 == 0,
+            lambda: f"{op}: {argument} must have sparse pages of a size that fits head_dim {head_dim}, got {pages.shape[-1]} elements",
+        )
+        return
     torch._check(
         pages.dtype in _NAMES,
-        lambda: f"{op}: {argument} must be float32, bfloat16, int8 or uint8 (int4), got {type_name(pages.dtype)}",
+        lambda: f"{op}: {argument} must be float32, bfloat16, int8, uint8 (int4) or int16 (sparse), got {type_name(pages.dtype)}",
     )
     size = page_size(kind, _NAMES[pages.dtype], head_dim)
     torch._check(
@@ -189,8 +198,10 @@ def _unpack_fake(pages: Tensor, *, kind: str, head_dim: int) -> Tensor:
     return pages.new_empty((*pages.shape[:2], TOKENS * pages.shape[2], head_dim), dtype=dtype)
 
 
-def _dense(pages: Tensor, kind: str, head_dim: int) -> Tensor:
+def _dense(op: str, pages: Tensor, kind: str, head_dim: int) -> Tensor:
     """float32 ``(..., 16, d)`` of pages ``(..., elements)``."""
+    if pages.dtype == torch.int16:
+        return _dense_sparse(op, pages, kind, head_dim)
     lanes = TOKENS if kind == "key" else head_dim
     if pages.dtype in (torch.float32, torch.bfloat16):
         group = 4 // pages.dtype.itemsize
@@ -210,10 +221,23 @@ def _dense(pages: Tensor, kind: str, head_dim: int) -> Tensor:
     return x * scale.unsqueeze(dim) + minimum.unsqueeze(dim)
 
 
+def _dense_sparse(op: str, pages: Tensor, kind: str, head_dim: int) -> Tensor:
+    """The rows of a block of bf16 from a bitmap and values, those of values ordered by sixteen elements first."""
+    words, values = pages.split([head_dim, pages.shape[-1] - head_dim], -1)
+    mask = ((words.contiguous().view(torch.uint8)[..., None] >> torch.arange(8, dtype=torch.uint8)) & 1).flatten(-2) != 0
+    intact = bool((mask.sum(-1) == values.shape[-1]).all())
+    torch._check(intact, lambda: f"{op}: sparse pages must be intact, got a page whose bitmap does not fit its size")
+    rows = torch.zeros(mask.shape, dtype=torch.bfloat16)
+    rows[mask] = values.contiguous().view(torch.bfloat16).flatten()
+    if kind == "value":
+        rows = rows.unflatten(-1, (-1, TOKENS // 2, 2 * TOKENS)).transpose(-2, -3).flatten(-3)
+    return _from_rows(rows.float().unflatten(-1, (-1, TOKENS if kind == "key" else head_dim, 2)), kind)
+
+
 def _unpack_reference(pages: Tensor, *, kind: str, head_dim: int) -> Tensor:
     _check_unpack(pages, kind, head_dim)
     dtype = torch.float32 if pages.dtype == torch.float32 else torch.bfloat16
-    return _dense(pages, kind, head_dim).flatten(2, 3).to(dtype).contiguous()
+    return _dense("kv_cache_unpack", pages, kind, head_dim).flatten(2, 3).to(dtype).contiguous()
 
 
 define("kv_cache_unpack(Tensor pages, *, str kind, int head_dim) -> Tensor", fake=_unpack_fake, reference=_unpack_reference)
@@ -333,7 +357,7 @@ def _append_reference(k_pages: Tensor, v_pages: Tensor, table: Tensor, length: T
             own = h % k_pages.shape[1]
             at = first % TOKENS
             for pages, x, kind in ((k_pages, key, "key"), (v_pages, value, "value")):
-                tokens = _dense(pages[used, own], kind, d).flatten(0, 1)
+                tokens = _dense(op, pages[used, own], kind, d).flatten(0, 1)
                 tokens[at : at + new] = x[b, h].float()
                 size = page_size(kind, _NAMES[pages.dtype], d)
                 pages[used, own] = _pack_reference(tokens[None, None], kind=kind, dtype=_NAMES[pages.dtype]).view(-1, size)
@@ -388,7 +412,7 @@ def attend(
     Args:
         query: ``(batch, heads, length, head_dim)``, float32, bfloat16 or float16, any strides; ``heads`` a multiple of the KV heads,
             ``head_dim`` of 16. Meant for decoding: a handful of rows.
-        k_pages: pools of keys, ``(pages, heads, elements)`` each, as for `append`, of any dtype that `pack` makes. One at least.
+        k_pages: pools of keys, ``(pages, heads, elements)`` each, as for `append`, of any dtype above. One at least.
         v_pages: pools of values, as many.
         tables: as for `append`, one for each pool.
         lengths: int64 ``(batch, KV heads)``, one for each pool: tokens of each head. Slots after them may hold anything.
@@ -400,7 +424,7 @@ def attend(
     Returns:
         An `Attended`.
     Raises:
-        RuntimeError: a dtype or shape does not fit, or a table has no such page.
+        RuntimeError: a dtype or shape does not fit, a table has no such page, or a sparse page is damaged.
     """
     return Attended(
         *torch.ops.torch_cpu_ext.kv_cache_attend(
@@ -501,7 +525,7 @@ def _attend_reference(
                 used = _pages_of(op, f"[{i}]", table, 0, count, k_pool.shape[0], b, h)
                 own = h % k_pool.shape[1]
                 for to, pool, kind in ((k, k_pool, "key"), (v, v_pool, "value")):
-                    to.append(_dense(pool[used, own], kind, d).flatten(0, 1)[:count])
+                    to.append(_dense(op, pool[used, own], kind, d).flatten(0, 1)[:count])
                 added.append(bias[i][b, h, :count] if bias else k[-1].new_zeros(count))
                 places.append(torch.arange(at, at + count))
                 at += slots[i]
