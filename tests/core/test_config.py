@@ -84,5 +84,5 @@ def test_optimize_refuses_a_config_it_does_not_know():
         pass
 
     for config in (Unknown(), "int8", tce.SparseLinearConfig, None):
-        with pytest.raises(TypeError, match=r"config must be one of SparseLinearConfig.*, got"):
+        with pytest.raises(TypeError, match=r"config must be one of KVCrushConfig, SparseLinearConfig.*, got"):
             tce.optimize(torch.nn.Linear(2, 2), config)

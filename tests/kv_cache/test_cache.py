@@ -551,6 +551,7 @@ def test_threads_do_not_matter(model):
 def test_compiled(model):
     """One graph for prompts and one for decoding, whatever the cache; nothing falls back to Python."""
     torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
     compiled = torch.compile(model, fullgraph=True)
     for mask in (None, torch.cat([torch.zeros(2, 9), torch.ones(2, 117)], 1).long()):
         parts = tokens(2, 126).split((100, *[1] * 26), 1)
