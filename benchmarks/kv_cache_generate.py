@@ -23,7 +23,7 @@ from peers.caches import KVPRESS
 from peers.stack import LAYERS
 from peers.workers import Worker, WorkerError
 
-CONTEXTS, QUICK = (4096, 8192, 16384, 32768), (2048,)
+CONTEXTS, QUICK = (4096, 8192, 16384), (2048,)
 TOKENS = 12
 ALL, QUARTER = "ours, all tokens", "ours, a quarter"
 DYNAMIC = "DynamicCache, SDPA"
