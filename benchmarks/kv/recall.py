@@ -1,0 +1,117 @@
+"""Associative recall for a model so small that a few minutes of training suffice: pairs of a key and a value, strewn over filler.
+
+The task is multi-query associative recall (MQAR; Zoology, arXiv:2312.04927, section 3) with filler between the pairs. The model is an
+ordinary `LlamaForCausalLM` of two layers with grouped-query attention; ``python benchmarks/kv/recall.py`` trains and keeps it.
+"""
+
+import sys
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from torch_cpu_ext.core import env
+from torch_cpu_ext.integrations.smollm2 import once
+
+ASK, FILLER, KEYS, VALUES = 1, 30, 96, 96  # the token before the questions, and how many there are of each kind, in this order
+FIRST_FILLER, FIRST_KEY, FIRST_VALUE = 2, 2 + FILLER, 2 + FILLER + KEYS
+VOCABULARY = FIRST_VALUE + VALUES
+VERSION = 1  # of the architecture and the schedule; a kept model of another version is not used
+# length, pairs at least and at most, steps: short and dense first, where a model finds out in a moment how recall works
+SCHEDULE = ((64, 4, 16, 500), (128, 4, 32, 300), (256, 8, 64, 300), (512, 16, 96, 300))
+BATCH_TOKENS, RATE, QUESTIONS = 2048, 2e-3, 32
+
+
+def sample(length: int, pairs: int, questions: int, batch: int, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
+    """Contexts, and questions about them.
+
+    Args:
+        length: tokens of a context.
+        pairs: how many keys a context has, each followed by its value; the rest is filler.
+        questions: keys that are asked for, each a different one; at most ``pairs``.
+        batch: how many contexts.
+        generator: makes it repeatable.
+    Returns:
+        ``context`` (batch, length), ``keys`` and ``values`` (batch, questions); int64.
+    """
+    context = torch.randint(FIRST_FILLER, FIRST_KEY, (batch, length), generator=generator)
+    rank = torch.rand(batch, KEYS, generator=generator).argsort(1)[:, :pairs]
+    keys, values = rank + FIRST_KEY, torch.randint(FIRST_VALUE, VOCABULARY, (batch, pairs), generator=generator)
+    # Places of the pairs: a choice of `pairs` out of length - pairs places, each of which a pair then makes one longer.
+    places = torch.rand(batch, length - pairs, generator=generator).argsort(1)[:, :pairs].sort(1).values + torch.arange(pairs)
+    context.scatter_(1, places, keys).scatter_(1, places + 1, values)
+    asked = torch.rand(batch, pairs, generator=generator).argsort(1)[:, :questions]
+    return context, keys.gather(1, asked), values.gather(1, asked)
+
+
+def batches(length: int, least: int, most: int, steps: int, generator: torch.Generator) -> Iterator[tuple[Tensor, Tensor]]:
+    """Inputs (batch, tokens) and targets, -100 where nothing is to be predicted, for one stage of the schedule."""
+    for _ in range(steps):
+        pairs = int(torch.randint(least, most + 1, (), generator=generator))
+        questions = min(pairs, QUESTIONS)
+        context, keys, values = sample(length, pairs, questions, BATCH_TOKENS // length, generator)
+        asked = torch.stack([keys, values], 2).flatten(1)
+        targets = torch.stack([values, torch.full_like(values, -100)], 2).flatten(1)  # a value is predicted where its key stands
+        ask = torch.full((len(context), 1), ASK)
+        yield torch.cat([context, ask, asked], 1), F.pad(targets, (length + 1, 0), value=-100)
+
+
+def build() -> Any:
+    """The model, untrained."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=128,
+        intermediate_size=256,
+        num_hidden_layers=2,
+        num_attention_heads=8,
+        num_key_value_heads=4,
+        head_dim=32,
+        max_position_embeddings=2048,
+        rope_theta=1e4,
+        tie_word_embeddings=True,
+        bos_token_id=None,
+        eos_token_id=None,
+    )
+    return LlamaForCausalLM(config)
+
+
+def train(log: Any = None) -> Any:
+    """The model after the schedule; some minutes on two cores."""
+    model, generator = build().train(), torch.Generator().manual_seed(0)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=RATE, betas=(0.9, 0.98), weight_decay=0.01)
+    total, done, start = sum(stage[3] for stage in SCHEDULE), 0, time.perf_counter()
+    for length, least, most, steps in SCHEDULE:
+        for inputs, targets in batches(length, least, most, steps, generator):
+            done += 1
+            rate = RATE * min(1, done / 50) * min(1, (total - done + 1) / (0.2 * total))
+            for group in optimizer.param_groups:
+                group["lr"] = rate
+            hidden = model.model(inputs).last_hidden_state[targets != -100]
+            logits, wanted = model.lm_head(hidden), targets[targets != -100]
+            loss = F.cross_entropy(logits, wanted)
+            optimizer.zero_grad()
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            if log and done % 25 == 0:
+                right = float((logits.argmax(-1) == wanted).float().mean())
+                log(f"step {done}, length {length}: loss {float(loss):.3f}, recall {right:.1%}, {time.perf_counter() - start:.0f} s")
+    return model.eval()
+
+
+def load() -> Any:
+    """The trained model; the first call trains it."""
+    from transformers import LlamaForCausalLM
+
+    path = once(env.cache_dir() / "models" / f"recall-{VERSION}", "training a model of associative recall", lambda to: train().save_pretrained(to))
+    return LlamaForCausalLM.from_pretrained(path, dtype=torch.float32, local_files_only=True).eval()
+
+
+if __name__ == "__main__":
+    train(lambda line: print(line, file=sys.stderr, flush=True))
