@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from torch_cpu_ext.core import env
 from torch_cpu_ext.integrations.smollm2 import once
 
-ASK, FILLER, KEYS, VALUES = 1, 30, 96, 96  # the token before the questions, and how many there are of each kind, in this order
+ASK, FILLER, KEYS, VALUES = 1, 30, 64, 64  # the token before the questions, and how many there are of each kind, in this order
 FIRST_FILLER, FIRST_KEY, FIRST_VALUE = 2, 2 + FILLER, 2 + FILLER + KEYS
 VOCABULARY = FIRST_VALUE + VALUES
 VERSION = 1  # of the architecture and the schedule; a kept model of another version is not used

@@ -1,0 +1,253 @@
+"""Which tokens each method keeps, out of one full cache.
+
+A `Capture` is what one prefill with the full cache leaves behind; `compress` says what a method would have kept of it, as masks, so that
+many methods are compared on the very same keys and values. KVCrush's choice itself is that of the library's ops.
+"""
+
+import math
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from torch_cpu_ext.kv_cache.selection import select, sign
+
+LONGEST_WINDOW = 64
+# Bytes of a key and a value together in tokens of bf16, by dtype: pages of 16 tokens as kv_cache_pack lays them out.
+PAGE_BYTES = {"bf16": lambda d: 64 * d, "int8": lambda d: 2 * (16 * d + 64), "int4": lambda d: 12 * d + 8 * d + 64}
+
+
+@dataclass
+class Layer:
+    """One layer after a prefill: ``key`` and ``value`` (KV heads, tokens, head_dim), ``query`` (query heads, last queries, head_dim), and
+    ``h2o`` (query heads, tokens), the probabilities of all queries added up."""
+
+    key: Tensor
+    value: Tensor
+    query: Tensor
+    h2o: Tensor
+    scale: float
+
+
+@dataclass(frozen=True)
+class Method:
+    """A way to choose.
+
+    Args:
+        name: in the results.
+        importance: ``"full"``, ``"random"``, ``"streaming"``, ``"h2o"``, ``"snapkv"``, ``"tova"`` or ``"key_norm"``.
+        ratio: share of the budget for representatives; 0 is the importance method alone.
+        window: last queries that SnapKV looks at.
+        pool: neighbours whose largest score SnapKV takes.
+        start: first tokens that are always kept.
+        recent: last tokens that are always kept.
+        gqa: how the scores of a KV head's query heads are put together.
+        value_norm: multiply scores by the norms of the values.
+        layers: ``"uniform"``, or ``"pyramid"``: less for later layers.
+        heads: ``"uniform"``, or ``"ada"``: the heads of a layer compete.
+        anchor: of KVCrush.
+        anchors: of KVCrush.
+        kmeans: choose the representatives by k-means of the signatures in place of their distance to an anchor.
+        spread: choose them evenly by position, or at random, in place of signatures: ``"position"``, ``"random"`` or None.
+        log_count: a representative's attention scores get the logarithm of the number of tokens that it stands for.
+        page: tokens of a unit.
+        representative_dtype: ``"bf16"``, ``"int8"`` or ``"int4"``; what that saves goes into more representatives.
+    """
+
+    name: str
+    importance: str = "snapkv"
+    ratio: float = 0.0
+    window: int = 16
+    pool: int = 7
+    start: int = 4
+    recent: int = 32
+    gqa: str = "mean"
+    value_norm: bool = False
+    layers: str = "uniform"
+    heads: str = "uniform"
+    anchor: str = "mean"
+    anchors: int = 1
+    kmeans: bool = False
+    spread: str | None = None
+    log_count: bool = False
+    representative_dtype: str = "bf16"
+
+    def but(self, name: str, **changes: Any) -> "Method":
+        """The same with changes."""
+        return replace(self, name=name, **changes)
+
+
+@dataclass
+class Kept:
+    """What stays of a layer: ``bias`` (KV heads, tokens), minus infinity for what was dropped, and which tokens are held at a lower
+    precision, ``low`` (KV heads, tokens) in ``dtype``."""
+
+    bias: Tensor
+    low: Tensor | None = None
+    dtype: str = "bf16"
+
+    def tokens(self, d: int) -> float:
+        """Tokens per KV head that take as many bytes in bf16."""
+        kept = self.bias > -math.inf
+        if self.low is None:
+            return float(kept.sum(1).float().mean())
+        cost = PAGE_BYTES[self.dtype](d) / PAGE_BYTES["bf16"](d)
+        return float(((kept & ~self.low).sum(1) + cost * self.low.sum(1)).mean())
+
+
+def scores(layer: Layer, method: Method, generator: torch.Generator) -> Tensor:
+    """Importance of each token by query head, (query heads, tokens); by KV head where queries play no part in it."""
+    heads, tokens, _ = layer.key.shape
+    if method.importance in ("snapkv", "tova"):
+        window = 1 if method.importance == "tova" else method.window
+        result = _probabilities(layer, window).sum(1)
+        if method.importance == "tova":  # one choice for all heads of a layer, as published
+            result = result.mean(0, keepdim=True).expand_as(result)
+        else:
+            result = F.max_pool1d(result, method.pool, 1, method.pool // 2)
+    elif method.importance == "h2o":
+        result = layer.h2o
+    elif method.importance == "streaming":
+        result = torch.arange(tokens, dtype=torch.float32).expand(heads, tokens)
+    elif method.importance == "key_norm":
+        result = -layer.key.float().norm(dim=-1)
+    elif method.importance == "random":
+        result = torch.rand(heads, tokens, generator=generator)
+    else:
+        raise ValueError(f"importance: unknown, {method.importance}")
+    if method.value_norm:
+        norms = layer.value.float().norm(dim=-1)
+        result = result * norms.repeat_interleave(len(result) // heads, 0)
+    return result.contiguous()
+
+
+def _probabilities(layer: Layer, window: int) -> Tensor:
+    """(query heads, window, tokens): what the last queries attend to."""
+    heads, tokens, d = layer.key.shape
+    query = layer.query[:, -window:].float()
+    window = query.shape[1]
+    logits = (query.reshape(heads, -1, d) @ layer.key.float().mT * layer.scale).view(-1, window, tokens)
+    seen = torch.arange(tokens) <= torch.arange(tokens - window, tokens)[:, None]
+    return logits.masked_fill(~seen, -math.inf).softmax(-1)
+
+
+def budgets(method: Method, capture: list[Layer], share: float) -> list[int]:
+    """Tokens per KV head of each layer: the same share of all tokens in all, whatever the method."""
+    tokens, layers = capture[0].key.shape[1], len(capture)
+    least = method.start + method.recent + 1
+    total = max(least, math.floor(share * tokens + 0.5))
+    if method.layers == "uniform":
+        return [total] * layers
+    # PyramidKV (arXiv:2406.02069, section 3.2): a straight line from the first layer to the last, which gets 1/20 of twice the mean.
+    free, beta = total - least + 1, 20
+    last = free * 2 / beta
+    line = [2 * free - last - (2 * free - 2 * last) * i / (layers - 1) for i in range(layers)]
+    return [min(tokens, max(1, round(one)) + least - 1) for one in line]
+
+
+def compress(capture: list[Layer], method: Method, share: float, seed: int = 0) -> list[Kept]:
+    """What a method keeps of every layer, with ``share`` of the full cache's bytes."""
+    layers, heads, tokens, d = len(capture), *capture[0].key.shape
+    if method.importance == "full":
+        return [Kept(torch.zeros(heads, tokens))] * layers
+    generator = torch.Generator().manual_seed(seed)
+    by_query = torch.stack([scores(layer, method, generator) for layer in capture])  # (layers, query heads, tokens)
+    groups = by_query.view(layers, heads, -1, tokens)
+    score = groups.amax(2) if method.gqa == "max" else groups.mean(2)
+    budget = torch.tensor(budgets(method, capture, share))[:, None].expand(-1, heads)
+    if method.heads == "ada":
+        budget = torch.stack([_ada(one, method, int(most)) for one, most in zip(score, budget[:, 0], strict=True)])
+    edges = method.start + method.recent
+    representatives = (method.ratio * (budget - edges) + 0.5).floor().long()
+    ratio, own = method.ratio, method.kmeans or method.spread is not None
+    if own:  # the op chooses the important ones only
+        budget, ratio = budget - representatives, 0.0
+    elif method.representative_dtype != "bf16":
+        assert method.layers == method.heads == "uniform", "one ratio is for all layers and heads"
+        cost = PAGE_BYTES[method.representative_dtype](d) / PAGE_BYTES["bf16"](d)
+        important = budget - edges - representatives
+        budget = (edges + important + (representatives / cost).long()).clamp_max(tokens)
+        ratio = float(((budget - edges - important) / (budget - edges))[0, 0])
+    begin, end = torch.full((layers,), method.start), torch.full((layers,), tokens - method.recent)
+    signature = sign(by_query, begin, end)[:, None]
+    chosen = select(
+        score,
+        signature,
+        torch.zeros(layers, heads, dtype=torch.int64),
+        torch.full((layers, heads), tokens),
+        budget.contiguous(),
+        most=int(budget.max()),
+        start=method.start,
+        recent=method.recent,
+        ratio=ratio,
+        anchor=method.anchor,
+        anchors=method.anchors,
+        seed=seed,
+    )
+    # Padding goes to one more place, which is cut off.
+    index = torch.where(chosen.index < 0, tokens, chosen.index).long()
+    weight = torch.full((layers, heads, tokens + 1), -math.inf).scatter_(2, index, chosen.members.log())[..., :tokens]
+    low = torch.zeros(layers, heads, tokens + 1, dtype=torch.bool).scatter_(2, index, chosen.kind == 2)[..., :tokens]
+    if own:
+        for i in range(layers):
+            for h in range(heads):
+                candidates = (weight[i, h] == -math.inf).nonzero()[:, 0]
+                picked, sizes = _own(signature[i, 0, candidates], method, int(representatives[i, h]), generator)
+                weight[i, h, candidates[picked]] = sizes.log()
+    bias = weight if method.log_count else torch.where(weight > -math.inf, 0.0, -math.inf)
+    quantised = method.representative_dtype != "bf16"
+    return [Kept(bias[i], low[i] if quantised else None, method.representative_dtype) for i in range(layers)]
+
+
+def _ada(score: Tensor, method: Method, budget: int) -> Tensor:
+    """AdaKV (arXiv:2407.11550, algorithm 1): a layer's heads share one budget by their scores; each has a fifth of its part for sure."""
+    heads, tokens = score.shape
+    free = budget - method.start - method.recent
+    sure = int(0.2 * free)
+    middle = score[:, method.start : tokens - method.recent]
+    middle = middle / score.sum(1, keepdim=True)  # shares of attention, so that heads can be compared
+    rest = middle.scatter(1, middle.topk(min(sure, middle.shape[1])).indices, -math.inf)
+    top = rest.flatten().topk(min((free - sure) * heads, rest.numel())).indices // middle.shape[1]
+    return top.bincount(minlength=heads) + sure + method.start + method.recent
+
+
+def _own(signature: Tensor, method: Method, count: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Representatives chosen otherwise than by KVCrush: positions among the candidates, and how many each stands for."""
+    n = len(signature)
+    count = min(count, n)
+    if method.spread == "random":
+        return torch.randperm(n, generator=generator)[:count].sort().values, torch.full((count,), n / count)
+    if method.spread == "position":
+        i = torch.arange(count)
+        return (2 * i + 1) * n // (2 * count), ((i + 1) * n // count - i * n // count).float()
+    return kmeans((signature[..., None] >> torch.arange(64) & 1).flatten(1).float(), count)
+
+
+def kmeans(bits: Tensor, count: int, iterations: int = 10) -> tuple[Tensor, Tensor]:
+    """Of each of ``count`` clusters of binary rows, the row nearest to its centre, and the cluster's size.
+
+    The centres start at rows evenly spread in the order of the rows as numbers. A cluster left empty gives its place to a row that is no
+    representative yet, evenly spread among those.
+    """
+    n = len(bits)
+    order = (bits @ 2.0 ** torch.arange(bits.shape[1] - 1, -1, -1).double().float()).sort(stable=True).indices
+    centres = bits[order[(2 * torch.arange(count) + 1) * n // (2 * count)]]
+    for _ in range(iterations):
+        nearest = (bits @ centres.T * -2 + centres.square().sum(1)).argmin(1)
+        sizes = nearest.bincount(minlength=count)
+        sums = torch.zeros_like(centres).index_add_(0, nearest, bits)
+        centres = torch.where(sizes[:, None] > 0, sums / sizes[:, None].clamp_min(1), centres)
+    distance = (bits - centres[nearest]).square().sum(1)
+    ranked = distance.sort(stable=True).indices
+    ranked = ranked[nearest[ranked].sort(stable=True).indices]  # by cluster, the nearest first
+    heads = torch.cat([torch.ones(1, dtype=torch.bool), nearest[ranked][1:] != nearest[ranked][:-1]])
+    picked, sizes = ranked[heads], sizes[nearest[ranked[heads]]].float()
+    if missing := count - len(picked):
+        rest = torch.ones(n, dtype=torch.bool)
+        rest[picked] = False
+        others = rest.nonzero()[:, 0]
+        picked = torch.cat([picked, others[(2 * torch.arange(missing) + 1) * len(others) // (2 * missing)]])
+        sizes = torch.cat([sizes, torch.ones(missing)])
+    return picked, sizes
