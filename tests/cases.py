@@ -11,46 +11,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import cases_kv_prefill
+import cases_kv_select
 import numpy as np
 import torch
+from case import Args, Bad, Case, Sample, replaced
 from torch import Tensor
-
-Args = dict[str, Any]
-
-
-@dataclass(frozen=True)
-class Sample:
-    """Good arguments, and what the op must make of them."""
-
-    name: str
-    args: Args
-    expected: Callable[[], tuple[Tensor, Tensor | float]]  # the result (float64 where it is not exact), and how far off each element may be
-
-
-@dataclass(frozen=True)
-class Bad:
-    """Arguments an op must refuse: the message, and what spoils good arguments."""
-
-    message: str
-    spoil: Callable[[Args], Args]
-    traced: bool = True  # whether the fake must refuse them too; it cannot where the contents of a tensor are at fault
-
-
-@dataclass(frozen=True)
-class Case:
-    """One op."""
-
-    op: str
-    samples: Callable[[], list[Sample]]
-    few: Callable[[], list[Sample]]  # one or two of each kind, for what takes long: tracers, opcheck, the reference under every stride
-    bad: list[Bad]
-    trains: tuple[str, ...] = ()
-    dense: Callable[[Args], Tensor] | None = None  # the same function in differentiable PyTorch, for the gradients
-    mutates: tuple[str, ...] = ()
-    strided: tuple[str, ...] = ()  # arguments that may have any strides
-    batched: str | None = None  # the argument whose first dimension may be dynamic
-    dynamic_shape: bool = False  # the shape of the result depends on data
-
 
 # ------------------------------------------------------------------------------------------------------------------------- sparse_linear
 # An independent model of the documented arithmetic, in numpy: codes and scales in float32, element by element as the header file and the
@@ -379,11 +345,6 @@ def _dense_linear(args: Args) -> Tensor:
     """Straight through the rounding of the input, as the op's gradient is defined."""
     weight = torch.ops.torch_cpu_ext.sparse_linear_unpack(args["packed"], args["out_features"], args["input"].shape[-1])
     return torch.nn.functional.linear(args["input"].double(), weight.double(), None if args["bias"] is None else args["bias"].double())
-
-
-def replaced(**values: Any) -> Callable[[Args], Args]:
-    """Spoils arguments by other values; a callable gets the good value."""
-    return lambda args: args | {name: value(args[name]) if callable(value) else value for name, value in values.items()}
 
 
 def patched(format: str, offset: int, value: int) -> Callable[[Tensor], Tensor]:
@@ -1637,5 +1598,10 @@ _DECODE = Case(
 )
 
 CASES: dict[str, Case] = {
-    case.op: case for case in (_LINEAR, _GROUP_OP, _GATED, _PACK, _UNPACK, _CHECK, _COMPRESS, _EXPAND, _ATTEND, _DECODE)
+    case.op: case
+    for case in (
+        *(_LINEAR, _GROUP_OP, _GATED, _PACK, _UNPACK, _CHECK, _COMPRESS, _EXPAND, _ATTEND, _DECODE),
+        *cases_kv_prefill.CASES,
+        *cases_kv_select.CASES,
+    )
 }

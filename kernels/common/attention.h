@@ -15,10 +15,11 @@ struct Stretch {
   float scale, cap;             // a score is scale times the product of query and key; where cap is not 0, cap * tanh(that / cap)
   float* sums;                  // [rows][dim]: values times exp(score - largest), added up
   float *largest, *total;       // [rows]: the largest score, -inf if none of the tokens is seen; the sum of exp(score - largest)
+  const float* bias = nullptr;  // added to the scores in the end: of the tokens from the first block on, whole blocks; or null
 
   // A part of the queries.
   Stretch part(int64_t row, int64_t count) const {
-    return {count, dim, begin, end, first + row, last + row, scale, cap, sums + row * dim, largest + row, total + row};
+    return {count, dim, begin, end, first + row, last + row, scale, cap, sums + row * dim, largest + row, total + row, bias};
   }
 };
 

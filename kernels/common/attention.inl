@@ -3,7 +3,8 @@
 //   X                    what queries and weights are multiplied as, float or bf16 (uint16_t)
 //   of(value)            a float as X
 //   put(to, weights)     a vector of floats as X
-//   add(sum, row, x)     sums plus the pairs of bf16 of a row times the two at x, a vector of each
+//   kLane                neighbours along the sum in a lane of a row: 2 of bf16, 1 of float
+//   add(sum, row, x)     sums plus those of a row times as many at x, a vector of each
 //   kRows, kSums         queries that one pass takes at most, 1 or 4; independent sums it should keep, at most 8
 //
 // Where the blocks come from is a source S, which knows its keys and values:
@@ -13,7 +14,7 @@
 //
 // Both return false if the block is damaged.
 
-// A row of a block, sixteen pairs of bf16; and as many sums.
+// A row of a block, sixteen lanes; and as many sums.
 constexpr int64_t kWide = 16;
 constexpr int kParts = kWide / kLanes;
 struct Row {
@@ -39,7 +40,7 @@ static void store_sums(float* to, const Sums& sums) {
   for (int i = 0; i < kParts; ++i) store_vector(to + i * kLanes, sums.part[i]);
 }
 
-// sums plus a row times the two at x.
+// sums plus a row times what is at x.
 template <typename T>
 static void add_row(Sums& sums, const Row& row, const typename T::X* x) {
   for (int i = 0; i < kParts; ++i) sums.part[i] = T::add(sums.part[i], row.part[i], x);
@@ -48,11 +49,19 @@ static void add_row(Sums& sums, const Row& row, const typename T::X* x) {
 template <int MostRows, int MostSums>
 struct Exact {
   using X = float;
-  static constexpr int kRows = MostRows, kSums = MostSums;
+  static constexpr int kRows = MostRows, kSums = MostSums, kLane = 2;
 
   static X of(float value) { return value; }
   static void put(X* to, Vector weights) { store_vector(to, weights); }
   static Vector add(Vector sum, Integers row, const X* x) { return sum + lower(row) * x[0] + upper(row) * x[1]; }
+};
+
+// Blocks of floats, with one in a lane.
+template <int MostRows, int MostSums>
+struct Singles : Exact<MostRows, MostSums> {
+  static constexpr int kLane = 1;
+
+  static Vector add(Vector sum, Integers row, const float* x) { return sum + reinterpret_cast<Vector>(row) * x[0]; }
 };
 
 // Queries and weights rounded to bf16, as where the machine multiplies bf16.
@@ -117,7 +126,7 @@ static Rows score_rows(Rows keys, int64_t count, const typename T::X* q, int64_t
     Row row[U];
     keys.take(row);
     for (int u = 0; u < U; ++u)
-      for (int m = 0; m < M; ++m) add_row<T>(sum[m][u], row[u], q + m * dim + 2 * (first + u));
+      for (int m = 0; m < M; ++m) add_row<T>(sum[m][u], row[u], q + m * dim + T::kLane * (first + u));
   }
   for (int m = 0; m < M; ++m) {
     for (int u = 1; u < U; ++u)
@@ -135,12 +144,12 @@ static void mix_groups(const uint8_t* block, int64_t groups, const typename T::X
     Sums sum[M][G];
     for (int m = 0; m < M; ++m)
       for (int i = 0; i < G; ++i) sum[m][i] = load_sums(sums + m * dim + (g + i) * kWide);
-    for (int64_t pair = 0; pair < kBlockTokens / 2; ++pair) {
+    for (int64_t line = 0; line < kBlockTokens / T::kLane; ++line) {
       for (int i = 0; i < G; ++i) {
-        const uint8_t* at = block + (pair * groups + g + i) * kBlockRow;
+        const uint8_t* at = block + (line * groups + g + i) * kBlockRow;
         ahead(at);
         const Row row = load_row(at);
-        for (int m = 0; m < M; ++m) add_row<T>(sum[m][i], row, weights + m * stride + 2 * pair);
+        for (int m = 0; m < M; ++m) add_row<T>(sum[m][i], row, weights + m * stride + T::kLane * line);
       }
     }
     for (int m = 0; m < M; ++m)
@@ -185,6 +194,7 @@ static void weigh(const Stretch& a, int64_t row, int64_t begin, int64_t width, f
   for (int32_t i = 0; i < width; i += kLanes) {
     Vector score = load_vector(scores + i) * a.scale;
     if (a.cap != 0) score = a.cap - 2 * a.cap / (exponential(score * narrow) + 1.0f);  // tanh(x) = 1 - 2 / (exp(2 x) + 1)
+    if (a.bias != nullptr) score += load_vector(a.bias + i);
     score = (lanes + i >= from) & (lanes + i < to) ? score : Vector{} + none;
     most = score > most ? score : most;
     store_vector(scores + i, score);

@@ -23,20 +23,31 @@ static Integers round_bf16(Vector v) {
   return (bits + 0x7fff + (bits >> 16 & 1)) & static_cast<int32_t>(0xffff0000);
 }
 
-static float sum_lanes(Vector v) {
-  float values[kLanes];
-  store_vector(values, v);
-  for (int width = kLanes / 2; width > 0; width /= 2)
-    for (int i = 0; i < width; ++i) values[i] += values[i + width];
-  return values[0];
+// The lanes `By` further on, around the end.
+template <int By>
+static Vector rotated(Vector v) {
+  if constexpr (kLanes == 4) return __builtin_shufflevector(v, v, By, (By + 1) % 4, (By + 2) % 4, (By + 3) % 4);
+  if constexpr (kLanes == 8)
+    return __builtin_shufflevector(v, v, By, (By + 1) % 8, (By + 2) % 8, (By + 3) % 8, (By + 4) % 8, (By + 5) % 8, (By + 6) % 8, (By + 7) % 8);
+  if constexpr (kLanes == 16)
+    return __builtin_shufflevector(v, v, By, (By + 1) % 16, (By + 2) % 16, (By + 3) % 16, (By + 4) % 16, (By + 5) % 16, (By + 6) % 16,
+                                   (By + 7) % 16, (By + 8) % 16, (By + 9) % 16, (By + 10) % 16, (By + 11) % 16, (By + 12) % 16,
+                                   (By + 13) % 16, (By + 14) % 16, (By + 15) % 16);
 }
 
+template <int Width = kLanes / 2>
+static float sum_lanes(Vector v) {
+  v += rotated<Width>(v);
+  if constexpr (Width > 1) return sum_lanes<Width / 2>(v);
+  return v[0];
+}
+
+template <int Width = kLanes / 2>
 static float max_lanes(Vector v) {
-  float values[kLanes];
-  store_vector(values, v);
-  for (int width = kLanes / 2; width > 0; width /= 2)
-    for (int i = 0; i < width; ++i) values[i] = std::max(values[i], values[i + width]);
-  return values[0];
+  const Vector other = rotated<Width>(v);
+  v = other > v ? other : v;
+  if constexpr (Width > 1) return max_lanes<Width / 2>(v);
+  return v[0];
 }
 
 // exp(x) for x up to 88, off by 2 in the last place at most; 0 below -87.3, NaN of NaN. As 2^n * 2^f with |f| <= 1/2: the polynomial is the
@@ -58,6 +69,20 @@ static Vector exponential_up_to_88(Vector x) {
 
 // The same, large but finite above 88.
 static Vector exponential(Vector x) { return exponential_up_to_88(x > 88.0f ? Vector{} + 88.0f : x); }
+
+// 2^x for x up to 127, off by 2 in the last place at most; 0 below -125, NaN of NaN, 1 of 0. The polynomial has the least relative error for
+// |f| <= 1/2.
+static Vector power_of_two(Vector x) {
+  const Vector shifted = x + 12582912.0f;  // the adder rounds to whole numbers
+  const Vector f = x - (shifted - 12582912.0f);
+  Vector p = f * 0.00132647273f + 0.00967151299f;
+  p = p * f + 0.0555073359f;
+  p = p * f + 0.240222424f;
+  p = p * f + 0.693147004f;
+  p = p * f + 1.0f;
+  const Integers power = (reinterpret_cast<Integers>(shifted) + 127) << 23;  // the last bits of shifted are the whole number
+  return x < -125.0f ? Vector{} : p * reinterpret_cast<Vector>(power);
+}
 
 // Asks for a cache line. In assembly, because gcc 12 drops __builtin_prefetch where a pragma sets the target.
 static void fetch(const void* at) {

@@ -4,11 +4,11 @@
 #include <bit>
 #include <cmath>
 #include <limits>
+#include <utility>
 
 #include <immintrin.h>
 
 #include "attend.h"
-#include "prefill.h"
 #include "select.h"
 #include "../common/region_avx512_vnni.h"
 
@@ -18,8 +18,18 @@ constexpr int kVectorBytes = 64;
 #include "../common/vectors.inl"
 #include "../common/attention.inl"
 #include "attend.inl"
-#include "prefill.inl"
+static unsigned lane_bits(Integers mask) { return _mm512_movepi32_mask(reinterpret_cast<__m512i>(mask)); }
+static int64_t nth_bit(uint64_t bits, int64_t n) { return std::countr_zero(_pdep_u64(uint64_t{1} << n, bits)); }
 #include "select.inl"
+#include "attend_vnni.inl"
+
+struct Attend {
+  using Bf16 = Exact<4, 8>;
+  using Fp32 = Singles<4, 8>;
+  static constexpr bool kInt8 = true, kInt4 = false;
+};
+
+AttendVariant attend() { return attend_variant<Attend>(); }
 
 }  // namespace tce::kv_cache::avx512_vnni
 

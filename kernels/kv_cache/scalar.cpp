@@ -4,6 +4,7 @@
 #include <bit>
 #include <cmath>
 #include <limits>
+#include <utility>
 
 #include "attend.h"
 #include "prefill.h"
@@ -16,6 +17,24 @@ constexpr int kVectorBytes = 16;
 #include "../common/attention.inl"
 #include "attend.inl"
 #include "prefill.inl"
+static unsigned lane_bits(Integers mask) {
+  unsigned bits = 0;
+  for (int i = 0; i < kLanes; ++i) bits |= static_cast<unsigned>(mask[i] & 1) << i;
+  return bits;
+}
+static int64_t nth_bit(uint64_t bits, int64_t n) {
+  for (; n > 0; --n) bits &= bits - 1;
+  return std::countr_zero(bits);
+}
 #include "select.inl"
+
+struct Attend {
+  using Bf16 = Exact<1, 1>;
+  using Fp32 = Singles<1, 1>;
+  static constexpr bool kInt8 = false, kInt4 = false;
+};
+
+AttendVariant attend() { return attend_variant<Attend>(); }
+PrefillVariant prefill() { return prefill_variant<Tiled<Attend::Fp32, 2, 1>>(); }
 
 }  // namespace tce::kv_cache::scalar

@@ -36,7 +36,7 @@ struct Bf16 : Floats<Bf16> {
 // Attention with queries and weights as bf16.
 struct Attended {
   using X = uint16_t;
-  static constexpr int kRows = 4, kSums = 8;
+  static constexpr int kRows = 4, kSums = 8, kLane = 2;
 
   static X of(float value) { return float_to_bf16(value); }
   static void put(X* to, Vector weights) {

@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..core.checks import check_float, type_name
-from ..core.registry import define
+from ..core.registry import CATALOGUE, define
 
 
 class Prefill(NamedTuple):
@@ -236,11 +236,12 @@ def _reference(
             out[b, mine, padding:] = (p @ v).to(query.dtype)
             if window or sample:
                 column = p[:, scored[scored >= padding] - padding].sum(1)
-                score[b, mine, begin:] = F.max_pool1d(column, pool, 1, pool // 2)
+                half = min(pool // 2, tokens - begin)
+                score[b, mine, begin:] = F.pad(column, (half, half), value=-math.inf).unfold(-1, 2 * half + 1, 1).amax(-1)
     signature = torch.zeros(batch, tokens if sign else 0, (heads + 63) // 64, dtype=torch.int64)
     if sign:
-        ranges = (starts.amin(1) + start).clamp_max(tokens)
-        signature = torch.ops.torch_cpu_ext.kv_cache_sign(score, ranges, ranges.clamp_min(tokens - recent))
+        start_of = (starts.amin(1) + min(start, tokens)).clamp_max(tokens)
+        signature = CATALOGUE["kv_cache_sign"].reference(score, start_of, start_of.clamp_min(tokens - recent))
     return out, lse, score, signature
 
 

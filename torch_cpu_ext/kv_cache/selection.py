@@ -22,6 +22,10 @@ def _check_floats(op: str, score: Tensor, dimensions: str) -> None:
         score.dim() == 3 and score.dtype == torch.float32,
         lambda: f"{op}: score must be a 3-D float32 tensor ({dimensions}), got {score.dim()}-D {type_name(score.dtype)}",
     )
+    torch._check(
+        score.shape[2] <= _INT32_MAX,
+        lambda: f"{op}: score must have at most {_INT32_MAX} {dimensions.split()[-1]}, got {score.shape[2]}",
+    )
 
 
 def _check_int64(op: str, argument: str, tensor: Tensor, shape: tuple[int, ...]) -> None:
@@ -146,8 +150,8 @@ def select(
 
     Args:
         score: float32 ``(batch, KV heads, units)``, any strides: importance.
-        signature: int64 ``(batch, 1 or KV heads, units, words)``, any strides, as `sign` makes it, with a dimension for the heads; 1 to 1023
-            words, or none with ``ratio=0``. With one for all KV heads they share one order where they have the same live units.
+        signature: int64 ``(batch, 1 or KV heads, units, words)``, any strides, as `sign` makes it, with a dimension for the heads; 1 to
+            1023 words, or none with ``ratio=0``. KV heads that share a signature and have the same live units share one order.
         first: int64 ``(batch, KV heads)``: the first live unit (behind the padding on the left, say).
         length: int64 ``(batch, KV heads)``: one behind the last live unit.
         budget: int64 ``(batch, KV heads)``: units to keep, the first and last included; at least ``start + recent + 1`` where some are
@@ -199,7 +203,6 @@ def _check_select(
     op = "kv_cache_select"
     _check_floats(op, score, "batch, KV heads, units")
     batch, heads, units = score.shape
-    torch._check(units <= _INT32_MAX, lambda: f"{op}: score must have at most {_INT32_MAX} units, got {units}")
     torch._check(
         signature.dim() == 4 and signature.dtype == torch.int64,
         lambda: (
@@ -330,10 +333,10 @@ def _select_reference(
                         order = order[distance[order].sort(stable=True).indices]
                     candidates = middle[order]
                     candidates = candidates[reason[candidates] == 255]
-                    i, n = torch.arange(representatives), len(candidates)
-                    chosen = candidates[(2 * i + 1) * n // (2 * representatives)]
+                    number, n = torch.arange(representatives), len(candidates)
+                    chosen = candidates[(2 * number + 1) * n // (2 * representatives)]
                     reason[chosen] = 2
-                    weight[chosen] = ((i + 1) * n // representatives - i * n // representatives).float()
+                    weight[chosen] = ((number + 1) * n // representatives - number * n // representatives).float()
             kept = (reason != 255).nonzero()[:, 0]
             index[b, h, : len(kept)] = kept.int()
             count[b, h] = len(kept)
