@@ -7,12 +7,12 @@ from typing import Any
 
 __version__ = "0.1.0"
 
-from . import kv_cache as _kv_cache  # noqa: F401  (registers its ops)
 from .core.checkpoint import load_checkpoint, save_checkpoint
 from .core.errors import BuildError, CorruptFileError, FallbackWarning
 from .core.isa import isa
 from .core.jit import kernel_isa, load
 from .core.swap import optimize, report, restore
+from .kv_cache import KVCrushConfig, swap_attention
 from .sparse_linear import (
     KernelInfo,
     PruneConfig,
@@ -29,6 +29,7 @@ __all__ = [
     "BuildError",
     "CorruptFileError",
     "FallbackWarning",
+    "KVCrushConfig",
     "KernelInfo",
     "PruneConfig",
     "SparseLinear",
@@ -44,13 +45,14 @@ __all__ = [
     "report",
     "restore",
     "save_checkpoint",
+    "swap_attention",
     "swap_linear",
     "tune",
 ]
 
 
 def __getattr__(name: str) -> Any:
-    """`TorchCpuExtConfig` and `SparseKVCache` need transformers, so they are imported only when asked for."""
+    """`TorchCpuExtConfig`, `SparseKVCache` and `KVCrushCache` need transformers, so they are imported only when asked for."""
     if name == "TorchCpuExtConfig":
         from .integrations.transformers import TorchCpuExtConfig
 
@@ -59,4 +61,8 @@ def __getattr__(name: str) -> Any:
         from .integrations.sparse_kv import SparseKVCache
 
         return SparseKVCache
+    if name == "KVCrushCache":
+        from .integrations.kvcrush import KVCrushCache
+
+        return KVCrushCache
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

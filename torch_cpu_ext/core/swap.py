@@ -74,6 +74,7 @@ class Replacement(nn.Module):
     # Those whose module needs an extra.
     elsewhere: ClassVar[dict[str, str]] = {
         "FusedDecoder": "torch_cpu_ext.integrations.decoder",
+        "KVCrushAttention": "torch_cpu_ext.integrations.kvcrush",
         "SparseMLP": "torch_cpu_ext.integrations.mlp",
     }
 
@@ -101,6 +102,9 @@ class Replacement(nn.Module):
     @classmethod
     def settle(cls, model: nn.Module) -> None:
         """Called once all replacements of a model have their weights."""
+
+    def leave(self, model: nn.Module) -> None:
+        """Called by `restore` before this module is taken out of ``model``: undoes what `settle` did to other parts of it."""
 
 
 class SharingReplacement(Replacement):
@@ -245,6 +249,8 @@ def restore(model: nn.Module) -> nn.Module:
         ``model``, or its original if it was itself a replacement.
     """
     replacements = {name: module for name, module in model.named_modules() if isinstance(module, Replacement)}
+    for module in replacements.values():
+        module.leave(model)
     result = put(model, {name: module.original() for name, module in replacements.items()})
     if hasattr(result, _KEPT):
         delattr(result, _KEPT)
