@@ -20,7 +20,7 @@ constexpr int kVectorBytes = 32;
 #include "../common/attention.inl"
 #include "attend.inl"
 #include "prefill.inl"
-static unsigned lane_bits(Integers mask) { return static_cast<unsigned>(_mm256_movemask_ps(reinterpret_cast<__m256>(mask))); }
+static unsigned greater(Integers a, Integers b) { return static_cast<unsigned>(_mm256_movemask_ps(reinterpret_cast<__m256>(a > b))); }
 static int64_t nth_bit(uint64_t bits, int64_t n) { return std::countr_zero(_pdep_u64(uint64_t{1} << n, bits)); }
 #include "select.inl"
 

@@ -124,7 +124,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> select_op(Tensor score, Tensor signat
     const int64_t free = budgets[i] - start - recent, size = choice.end - choice.begin;
     choice.representatives = static_cast<int64_t>(std::floor(ratio * static_cast<double>(free) + 0.5));
     choice.important = free - choice.representatives;
-    choice_scratch += choice_bytes(size);
+    choice_scratch += choice_bytes(size, choice.important, choice.representatives);
     if (choice.representatives == 0) continue;
     const Word* own = words_of + (signatures == 1 ? i / heads : i) * units * words;
     const auto same = std::find_if(orders.begin(), orders.end(), [&](const Order& order) {
@@ -148,7 +148,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> select_op(Tensor score, Tensor signat
   for (int64_t i = 0; i < batch * heads; ++i) {
     Choice& choice = choices[i];
     if (choice.all) continue;
-    choice.scratch = take(choice_bytes(choice.end - choice.begin));
+    choice.scratch = take(choice_bytes(choice.end - choice.begin, choice.important, choice.representatives));
     if (order_of[i] < 0) continue;
     choice.order = orders[order_of[i]].order;
     choice.rank = orders[order_of[i]].rank;

@@ -17,9 +17,9 @@ constexpr int kVectorBytes = 16;
 #include "../common/attention.inl"
 #include "attend.inl"
 #include "prefill.inl"
-static unsigned lane_bits(Integers mask) {
+static unsigned greater(Integers a, Integers b) {
   unsigned bits = 0;
-  for (int i = 0; i < kLanes; ++i) bits |= static_cast<unsigned>(mask[i] & 1) << i;
+  for (int i = 0; i < kLanes; ++i) bits |= static_cast<unsigned>(a[i] > b[i]) << i;
   return bits;
 }
 static int64_t nth_bit(uint64_t bits, int64_t n) {

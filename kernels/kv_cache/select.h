@@ -72,7 +72,9 @@ struct Choice {
   float* members;
 };
 
-inline int64_t choice_bytes(int64_t size) { return 4 * divide_up(size, kBlock) * 8; }
+inline int64_t choice_bytes(int64_t size, int64_t important, int64_t representatives) {
+  return round_up(divide_up(size, kBlock) * 20 + (important + 2 * representatives + 8) * 4, 64);
+}
 
 struct SelectVariant {
   // Of the `count` largest of score[begin .. end).

@@ -1,5 +1,5 @@
 // The body of select.h, for every instruction set. The including file has, of its own:
-//   unsigned lane_bits(Integers mask)           bit i is lane i of a comparison's result
+//   unsigned greater(Integers a, Integers b)    bit i says whether lane i of a is greater
 //   int64_t nth_bit(uint64_t bits, int64_t n)   the place of the set bit with n set ones below it
 
 namespace selection {
@@ -21,10 +21,10 @@ static Integers iota() {
   return value;
 }
 
-// Which keys at positions from `at` on are among the largest.
-static Integers among(Integers key, const Threshold& threshold, int64_t at) {
+// Below which key scores at positions from `at` on are not among the largest, or at it.
+static Integers limit(const Threshold& threshold, int64_t at) {
   const Integers early = iota() + static_cast<int32_t>(at) < static_cast<int32_t>(threshold.cut);  // all ones, which is -1
-  return key > early + threshold.key;
+  return early + threshold.key;
 }
 
 // Calls f(position, scores, how many) for each kBlock scores; behind the last there is memory to read.
@@ -41,11 +41,11 @@ static void for_blocks(const float* score, int64_t begin, int64_t end, const F& 
 
 static uint64_t lowest(int64_t count) { return ~uint64_t{0} >> (64 - count); }
 
-// The bits of f(keys, offset) for `count` scores, at most kBlock.
+// The bits that f(keys, offset) gives for `count` scores, at most kBlock.
 template <typename F>
 static uint64_t block_bits(const float* score, int64_t count, const F& f) {
   uint64_t bits = 0;
-  for (int64_t i = 0; i < kBlock; i += kLanes) bits |= static_cast<uint64_t>(lane_bits(f(keys(score + i), i))) << i;
+  for (int64_t i = 0; i < kBlock; i += kLanes) bits |= static_cast<uint64_t>(f(keys(score + i), i)) << i;
   return bits & lowest(count);
 }
 
@@ -56,9 +56,9 @@ static void for_bits(uint64_t bits, const F& f) {
 
 // ------------------------------------------------------------------------------------------------------------------------------ threshold
 
-// Which keys are from `low` to `low + last`.
-static Integers within(Integers key, int32_t low, uint32_t last) {
-  return reinterpret_cast<Unsigned>(key) - static_cast<uint32_t>(low) <= last;
+// Which keys are from `low` to `high`.
+static unsigned within(Integers key, int32_t low, int32_t high) {
+  return greater(key, Integers{} + (low - 1)) & ~greater(key, Integers{} + high);
 }
 
 // A key, and how many scores that have it are among the largest.
@@ -67,20 +67,22 @@ struct Found {
   int64_t equal;
 };
 
-// The key of the count-th largest of the scores whose keys are from `low` to `low + last`, 11 bits of it at a time.
-static Found narrow(const float* score, int64_t begin, int64_t end, int64_t count, int32_t low, uint32_t last) {
+// The key of the count-th largest of the scores whose keys are from `low` to `high`, 11 bits of it at a time.
+static Found narrow(const float* score, int64_t begin, int64_t end, int64_t count, int32_t low, int32_t high) {
   constexpr int digit_bits = 11;
-  uint32_t histogram[2][1 << digit_bits];  // two, as neighbours are often alike, and adding to one number twice in a row takes long
-  while (last > 0) {
+  constexpr uint32_t group = 32;
+  alignas(64) uint32_t histogram[2][1 << digit_bits];  // two, as adding to one number twice in a row takes long, and neighbours are alike
+  while (low < high) {
+    const uint32_t last = static_cast<uint32_t>(high) - static_cast<uint32_t>(low);
     const int shift = std::max(0, static_cast<int>(std::bit_width(last)) - digit_bits);
-    const uint32_t digits = (last >> shift) + 1;
-    for (auto& table : histogram) std::fill(table, table + digits, 0);
+    const uint32_t groups = (last >> shift) / group + 1;
+    for (auto& table : histogram) std::fill(table, table + groups * group, 0);
     for_blocks(score, begin, end, [&](int64_t, const float* scores, int64_t size) {
       uint32_t digit[kBlock];
       const uint64_t bits = block_bits(scores, size, [&](Integers key, int64_t i) {
         const Unsigned shifted = (reinterpret_cast<Unsigned>(key) - static_cast<uint32_t>(low)) >> shift;
         std::memcpy(digit + i, &shifted, sizeof(shifted));
-        return within(key, low, last);
+        return within(key, low, high);
       });
       if (bits == ~uint64_t{0}) {
         for (int64_t i = 0; i < kBlock; ++i) ++histogram[i % 2][digit[i]];
@@ -88,15 +90,22 @@ static Found narrow(const float* score, int64_t begin, int64_t end, int64_t coun
         for_bits(bits, [&](int i) { ++histogram[i % 2][digit[i]]; });
       }
     });
-    uint32_t digit = digits - 1;
-    int64_t here = histogram[0][digit] + histogram[1][digit];
-    for (; here < count && digit > 0; here = histogram[0][digit] + histogram[1][digit]) {
+    // From the highest down: a group of digits, then one digit.
+    int64_t at = groups - 1;
+    for (; at >= 0; --at) {
+      uint32_t here = 0;
+      for (uint32_t i = 0; i < group; ++i) here += histogram[0][at * group + i] + histogram[1][at * group + i];
+      if (here >= count) break;
       count -= here;
-      --digit;
     }
-    low = static_cast<int32_t>(static_cast<uint32_t>(low) + (digit << shift));
+    int64_t digit = at * group + group - 1, here = 0;
+    for (;; --digit, count -= here) {
+      here = static_cast<int64_t>(histogram[0][digit]) + histogram[1][digit];
+      if (here >= count) break;
+    }
+    low = static_cast<int32_t>(static_cast<uint32_t>(low) + (static_cast<uint32_t>(digit) << shift));
     if (here == count) return {low - 1, 0};
-    last = (uint32_t{1} << shift) - 1;
+    high = low + static_cast<int32_t>((uint32_t{1} << shift) - 1);
   }
   return {low, count};
 }
@@ -104,24 +113,24 @@ static Found narrow(const float* score, int64_t begin, int64_t end, int64_t coun
 // The same over all keys. Where there are many scores, a sample says between which keys the result lies in all likelihood; then only the
 // scores between them need a histogram.
 static Found find(const float* score, int64_t begin, int64_t end, int64_t count) {
-  constexpr uint32_t all = 2u * kInfinity + 1;
   constexpr int64_t least = 4096, most_samples = 4096, room = 8192;
   const int64_t size = end - begin;
-  if (size < least) return narrow(score, begin, end, count, kNan, all);
+  if (size < least) return narrow(score, begin, end, count, kNan, kInfinity);
   float buffer[room + kBlock];
   const int64_t samples = std::min(size / 32, most_samples), step = size / samples, rank = count * samples / size;
   for (int64_t i = 0; i < samples; ++i) std::memcpy(buffer + i, score + begin + i * step, sizeof(float));
   // 3.2 standard deviations of the rank of a median, which is the worst case.
   const int64_t margin = static_cast<int64_t>(1.6f * std::sqrt(static_cast<float>(samples))) + 1;
-  const int32_t high = rank - margin < 1 ? kInfinity : narrow(buffer, 0, samples, rank - margin, kNan, all).key + 1;
-  const int32_t low = rank + margin > samples ? kNan : narrow(buffer, 0, samples, rank + margin, kNan, all).key;
-  const uint32_t last = static_cast<uint32_t>(high) - static_cast<uint32_t>(low);
+  int32_t low = kNan, high = kInfinity;
+  if (rank > margin) high = std::min(kInfinity, narrow(buffer, 0, samples, rank - margin, kNan, kInfinity).key + 1);
+  if (rank + margin <= samples) low = std::max(kNan, narrow(buffer, 0, samples, rank + margin, kNan, kInfinity).key);
   int64_t above = 0, between = 0;
   for_blocks(score, begin, end, [&](int64_t, const float* scores, int64_t n) {
     uint64_t higher = 0;
     const uint64_t bits = block_bits(scores, n, [&](Integers key, int64_t i) {
-      higher |= static_cast<uint64_t>(lane_bits(key > high)) << i;
-      return within(key, low, last);
+      const unsigned over = greater(key, Integers{} + high);
+      higher |= static_cast<uint64_t>(over) << i;
+      return greater(key, Integers{} + (low - 1)) & ~over;
     });
     above += std::popcount(higher & lowest(n));
     if (between <= room) {
@@ -130,9 +139,9 @@ static Found find(const float* score, int64_t begin, int64_t end, int64_t count)
     }
     between += std::popcount(bits);
   });
-  if (count <= above || count > above + between) return narrow(score, begin, end, count, kNan, all);
-  if (between > room) return narrow(score, begin, end, count - above, low, last);
-  return narrow(buffer, 0, between, count - above, low, last);
+  if (count <= above || count > above + between) return narrow(score, begin, end, count, kNan, kInfinity);
+  if (between > room) return narrow(score, begin, end, count - above, low, high);
+  return narrow(buffer, 0, between, count - above, low, high);
 }
 
 static Threshold threshold(const float* score, int64_t begin, int64_t end, int64_t count) {
@@ -142,7 +151,7 @@ static Threshold threshold(const float* score, int64_t begin, int64_t end, int64
   int64_t cut = 0;
   for (int64_t at = begin; equal > 0; at += kBlock)
     for_blocks(score, at, std::min(at + kBlock, end), [&](int64_t, const float* scores, int64_t size) {
-      const uint64_t bits = block_bits(scores, size, [&](Integers key_here, int64_t) { return key_here == key; });
+      const uint64_t bits = block_bits(scores, size, [&](Integers here, int64_t) { return within(here, key, key); });
       const int64_t here = std::popcount(bits);
       if (here >= equal) cut = at + nth_bit(bits, equal - 1) + 1;
       equal -= here;
@@ -168,7 +177,7 @@ static void sign_tokens(const Signatures& s, int64_t from, int64_t to) {
           for (int64_t i = 0; i < kBlock; i += kLanes) {
             Integers bits;
             std::memcpy(&bits, half + (t - at) + i, sizeof(bits));
-            bits |= among(keys(scores + i), s.thresholds[head], t + i) & bit;
+            bits |= (keys(scores + i) > limit(s.thresholds[head], t + i)) & bit;
             std::memcpy(half + (t - at) + i, &bits, sizeof(bits));
           }
         });
@@ -190,7 +199,7 @@ static void sign(const Signatures& s, int64_t from, int64_t to) {
     for (int64_t head = 0; head < s.heads; ++head)
       for_blocks(s.score + head * s.tokens, begin, end, [&](int64_t t, const float* scores, int64_t size) {
         const Threshold& threshold = s.thresholds[head];
-        const uint64_t bits = block_bits(scores, size, [&](Integers key, int64_t i) { return among(key, threshold, t + i); });
+        const uint64_t bits = block_bits(scores, size, [&](Integers key, int64_t i) { return greater(key, limit(threshold, t + i)); });
         const int64_t place = head * s.page + t - unit * s.page, shift = place % 64;
         out[place / 64] |= bits << shift;
         if (shift + size > 64) out[place / 64 + 1] |= bits >> (64 - shift);
@@ -321,53 +330,92 @@ class Steps {
   int64_t value_, rest_, step_, step_rest_, divisor_;
 };
 
-static void choose(const Choice& c) {
+// Lists the set bits of bitmap(0), bitmap(1), ...; returns how many they are. Eight at a time, whether they are there or not, since a loop
+// that ends with the bits is guessed wrong at nearly every word; `list` has room for that.
+constexpr int64_t kAtOnce = 8;
+template <typename F>
+static int64_t list_bits(int64_t words, const F& bitmap, uint32_t* list) {
   int64_t count = 0;
-  const auto keep = [&](int64_t unit, uint8_t kind, int64_t members) {
-    c.index[count] = static_cast<int32_t>(unit);
-    c.kind[count] = kind;
-    c.members[count++] = static_cast<float>(members);
-  };
-  for (int64_t unit = c.first; unit < c.begin; ++unit) keep(unit, 0, 1);
-  if (c.all) {
-    for (int64_t unit = c.begin; unit < c.end; ++unit) keep(unit, 1, 1);
-  } else {
-    const int64_t size = c.end - c.begin, blocks = divide_up(size, kBlock), candidates = size - c.important;
-    uint64_t* important = reinterpret_cast<uint64_t*>(c.scratch);
-    uint64_t *taken = important + blocks, *representative = taken + blocks, *larger = representative + blocks;
-    for_blocks(c.score, c.begin, c.end, [&](int64_t at, const float* scores, int64_t n) {
-      important[(at - c.begin) / kBlock] = block_bits(scores, n, [&](Integers key, int64_t i) { return among(key, c.threshold, at + i); });
-    });
-    std::fill(taken, taken + 3 * blocks, 0);
-    if (c.representatives > 0) {
-      // `taken` is over places in the order: the important ones are no candidates. Representatives are searched by counting its zeros.
-      for (int64_t block = 0; block < blocks; ++block)
-        for_bits(important[block], [&](int i) {
-          const uint32_t place = c.rank[block * kBlock + i];
-          taken[place / kBlock] |= uint64_t{1} << place % kBlock;
-        });
-      Steps picks(candidates, 2 * candidates, 2 * c.representatives), edges(candidates, candidates, c.representatives);
-      const int64_t least = candidates / c.representatives;
-      int64_t block = 0, passed = 0, edge = 0;
-      for (int64_t i = 0; i < c.representatives; ++i) {
-        const int64_t pick = picks.next(), next_edge = edges.next();
-        for (int64_t here = kBlock - std::popcount(taken[block]); passed + here <= pick; here = kBlock - std::popcount(taken[++block]))
-          passed += here;
-        const uint32_t unit = c.order[block * kBlock + nth_bit(~taken[block], pick - passed)];
-        representative[unit / kBlock] |= uint64_t{1} << unit % kBlock;
-        larger[unit / kBlock] |= static_cast<uint64_t>(next_edge - edge > least) << unit % kBlock;
-        edge = next_edge;
-      }
-      for (int64_t i = 0; i < blocks; ++i)
-        for_bits(important[i] | representative[i], [&](int bit) {
-          const int64_t is = representative[i] >> bit & 1, more = larger[i] >> bit & 1;
-          keep(c.begin + i * kBlock + bit, static_cast<uint8_t>(1 + is), is ? least + more : 1);
-        });
-    } else {
-      for (int64_t i = 0; i < blocks; ++i) for_bits(important[i], [&](int bit) { keep(c.begin + i * kBlock + bit, 1, 1); });
+  for (int64_t word = 0; word < words; ++word) {
+    uint64_t bits = bitmap(word);
+    const int64_t here = std::popcount(bits);
+    for (int64_t done = 0; done < here; done += kAtOnce)
+      for (int64_t i = 0; i < kAtOnce; ++i, bits &= bits - 1)
+        list[count + done + i] = static_cast<uint32_t>(word * kBlock + std::countr_zero(bits));
+    count += here;
+  }
+  return count;
+}
+
+// Chooses among the evictable units and writes those kept, from the given place of the results on; returns how many they are.
+static int64_t choose_evictable(const Choice& c, int64_t at) {
+  const int64_t size = c.end - c.begin, blocks = divide_up(size, kBlock), candidates = size - c.important;
+  uint64_t* kept = reinterpret_cast<uint64_t*>(c.scratch);
+  uint64_t* taken = kept + blocks;
+  uint32_t* before = reinterpret_cast<uint32_t*>(taken + blocks);
+  uint32_t* picked = before + blocks;
+  uint32_t* list = picked + c.representatives;
+  for_blocks(c.score, c.begin, c.end, [&](int64_t unit, const float* scores, int64_t n) {
+    kept[(unit - c.begin) / kBlock] =
+        block_bits(scores, n, [&](Integers key, int64_t i) { return greater(key, limit(c.threshold, unit + i)); });
+  });
+  const auto word_kept = [&](int64_t block) { return kept[block]; };
+  if (c.representatives > 0) {
+    // `taken` is over places in the order: the important units are no candidates. Representatives are found by counting its zeros.
+    std::fill(taken, taken + blocks, 0);
+    const int64_t important = list_bits(blocks, word_kept, list);
+    for (int64_t i = 0; i < important; ++i) {
+      const uint32_t place = c.rank[list[i]];
+      taken[place / kBlock] |= uint64_t{1} << place % kBlock;
+    }
+    Steps picks(candidates, 2 * candidates, 2 * c.representatives);
+    int64_t block = 0, passed = 0;
+    for (int64_t i = 0; i < c.representatives; ++i) {
+      const int64_t pick = picks.next();
+      for (int64_t here = kBlock - std::popcount(taken[block]); passed + here <= pick; here = kBlock - std::popcount(taken[++block]))
+        passed += here;
+      picked[i] = c.order[block * kBlock + nth_bit(~taken[block], pick - passed)];
+      kept[picked[i] / kBlock] |= uint64_t{1} << picked[i] % kBlock;
     }
   }
-  for (int64_t unit = c.end; unit < c.length; ++unit) keep(unit, 0, 1);
+  const int64_t count = list_bits(blocks, word_kept, list);
+  for (int64_t i = 0; i < count; ++i) c.index[at + i] = static_cast<int32_t>(c.begin + list[i]);
+  std::fill(c.kind + at, c.kind + at + count, uint8_t{1});
+  std::fill(c.members + at, c.members + at + count, 1.0f);
+  if (c.representatives > 0) {
+    uint32_t sum = 0;
+    for (int64_t block = 0; block < blocks; ++block) {
+      before[block] = sum;
+      sum += std::popcount(kept[block]);
+    }
+    Steps edges(candidates, candidates, c.representatives);
+    int64_t edge = 0;
+    for (int64_t i = 0; i < c.representatives; ++i) {
+      const int64_t next = edges.next();
+      const uint32_t block = picked[i] / kBlock;
+      const int64_t place = at + before[block] + std::popcount(kept[block] & ((uint64_t{1} << picked[i] % kBlock) - 1));
+      c.kind[place] = 2;
+      c.members[place] = static_cast<float>(next - std::exchange(edge, next));
+    }
+  }
+  return count;
+}
+
+static void choose(const Choice& c) {
+  int64_t count = 0;
+  const auto keep = [&](int64_t begin, int64_t end, uint8_t kind) {
+    for (int64_t unit = begin; unit < end; ++unit, ++count) {
+      c.index[count] = static_cast<int32_t>(unit);
+      c.kind[count] = kind;
+      c.members[count] = 1;
+    }
+  };
+  keep(c.first, c.begin, 0);
+  if (c.all)
+    keep(c.begin, c.end, 1);
+  else
+    count += choose_evictable(c, count);
+  keep(c.end, c.length, 0);
   *c.count = count;
   std::fill(c.index + count, c.index + c.most, -1);
   std::fill(c.kind + count, c.kind + c.most, uint8_t{255});

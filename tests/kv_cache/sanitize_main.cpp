@@ -84,7 +84,8 @@ std::vector<uint64_t> signs(const SelectVariant& variant, const float* score, in
 std::vector<uint8_t> choose(const SelectVariant& variant, const float* score, const Word* signature, int64_t units, int64_t words,
                             int64_t start, int64_t recent, int64_t budget, int64_t representatives, Anchor anchor, int64_t anchors) {
   const int64_t size = units - start - recent;
-  const Exact order_scratch(order_bytes(size, words)), order(size * 4), rank(size * 4), scratch(choice_bytes(size));
+  const Exact order_scratch(order_bytes(size, words)), order(size * 4), rank(size * 4),
+      scratch(choice_bytes(size, budget - start - recent - representatives, representatives));
   const Exact index(budget * 4), kind(budget), members(budget * 4);
   int64_t count = -1;
   Choice choice{score,
