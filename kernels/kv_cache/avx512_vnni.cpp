@@ -18,14 +18,9 @@ constexpr int kVectorBytes = 64;
 #include "../common/vectors.inl"
 #include "../common/attention.inl"
 #include "attend.inl"
-<<<<<<< HEAD
-static unsigned lane_bits(Integers mask) { return _mm512_movepi32_mask(reinterpret_cast<__m512i>(mask)); }
-=======
-#include "prefill.inl"
 static unsigned greater(Integers a, Integers b) {
   return _mm512_cmpgt_epi32_mask(reinterpret_cast<__m512i>(a), reinterpret_cast<__m512i>(b));
 }
->>>>>>> h-select
 static int64_t nth_bit(uint64_t bits, int64_t n) { return std::countr_zero(_pdep_u64(uint64_t{1} << n, bits)); }
 #include "select.inl"
 #include "attend_vnni.inl"
