@@ -113,7 +113,7 @@ class Reader:
             return torch.nn.functional.cross_entropy(logits.mT, ids[1:].expand(len(kept), -1), reduction="none").mean(1)
 
     def errors(self, layers: list[Layer], kept: list[list[Kept]], ids: Tensor) -> Tensor:
-        """Relative errors of attention outputs at ``ids`` where all that comes before a layer is exact: (methods, layers, heads, tokens)."""
+        """Relative errors of attention outputs at ``ids``, (methods, layers, heads, tokens); what comes before a layer is exact."""
         state = _Pass(layers, kept, [])
         with torch.inference_mode():
             self._forward(ids[None], DynamicCache(config=self.model.config), state, 1)
@@ -123,6 +123,4 @@ class Reader:
     def _forward(self, inputs: Tensor, cache: DynamicCache, state: _Pass, keep: int) -> Tensor:
         first = state.layers[0].key.shape[1] + cache.get_seq_length()
         positions = torch.arange(first, first + inputs.shape[1]).expand(len(inputs), -1)
-        return self.model(
-            inputs, position_ids=positions, past_key_values=cache, use_cache=True, logits_to_keep=keep, reading=state
-        ).logits
+        return self.model(inputs, position_ids=positions, past_key_values=cache, use_cache=True, logits_to_keep=keep, reading=state).logits

@@ -4,6 +4,7 @@ A `Sample` keeps the context apart from the question, so that a cache can be com
 alone, before the question is known (query-agnostic).
 """
 
+import itertools
 import math
 import random
 from collections.abc import Callable
@@ -20,15 +21,20 @@ NOISE = (
     "The road goes on past the mill.",
     "He closed the window and sat down.",
 )
+# fmt: off
 NAMES = (
-    "amber anchor apron arrow badger banjo barrel beacon bishop blanket bottle bramble bridge bucket button cabin camel candle canyon "
-    "carpet cedar chapel cherry circus clover cobalt comet copper coral cradle cricket crystal dagger daisy desert dragon eagle ember "
-    "falcon feather fiddle forest fountain fox garden ginger glacier granite hammer harbor hazel helmet heron honey island ivory jacket "
-    "jasmine jungle kettle ladder lantern lemon lily lizard magnet maple marble meadow melon mirror monkey needle nutmeg oak ocean olive "
-    "orchid otter owl panther pearl pebble pepper pigeon pillow pirate planet pony quartz rabbit raven ribbon river rocket saddle salmon "
-    "sapphire scarf shadow silver spider spruce squirrel storm sugar summit temple thistle tiger tulip tunnel turtle valley velvet violin "
-    "walnut whistle willow window winter wizard wolf zebra"
-).split()
+    "amber", "anchor", "apron", "arrow", "badger", "banjo", "barrel", "beacon", "bishop", "blanket", "bottle", "bramble", "bridge",
+    "bucket", "button", "cabin", "camel", "candle", "canyon", "carpet", "cedar", "chapel", "cherry", "circus", "clover", "cobalt",
+    "comet", "copper", "coral", "cradle", "cricket", "crystal", "dagger", "daisy", "desert", "dragon", "eagle", "ember", "falcon",
+    "feather", "fiddle", "forest", "fountain", "fox", "garden", "ginger", "glacier", "granite", "hammer", "harbor", "hazel", "helmet",
+    "heron", "honey", "island", "ivory", "jacket", "jasmine", "jungle", "kettle", "ladder", "lantern", "lemon", "lily", "lizard",
+    "magnet", "maple", "marble", "meadow", "melon", "mirror", "monkey", "needle", "nutmeg", "oak", "ocean", "olive", "orchid",
+    "otter", "owl", "panther", "pearl", "pebble", "pepper", "pigeon", "pillow", "pirate", "planet", "pony", "quartz", "rabbit",
+    "raven", "ribbon", "river", "rocket", "saddle", "salmon", "sapphire", "scarf", "shadow", "silver", "spider", "spruce", "squirrel",
+    "storm", "sugar", "summit", "temple", "thistle", "tiger", "tulip", "tunnel", "turtle", "valley", "velvet", "violin", "walnut",
+    "whistle", "willow", "window", "winter", "wizard", "wolf", "zebra",
+)
+# fmt: on
 
 
 @dataclass(frozen=True)
@@ -112,7 +118,7 @@ def _tracking(rng: random.Random, size: int, hops: int = 3) -> Sample:
     """A number is handed on from variable to variable; all that hold it are asked for."""
     value, letters = _number(rng), "ABCDEFGHJKLMNPQRSTUVWXYZ"
     names = ["".join(rng.sample(letters, 3)) for _ in range(hops + 1)]
-    needles = [f"VAR {names[0]} = {value}.", *(f"VAR {new} = VAR {old}." for old, new in zip(names, names[1:], strict=False))]
+    needles = [f"VAR {names[0]} = {value}.", *(f"VAR {new} = VAR {old}." for old, new in itertools.pairwise(names))]
     context = "Follow the variables that are set in the following text.\n\n" + _strew(rng, needles, size)
     question = f"\n\nQuestion: Which variables have the value {value}?\nAnswer: The {hops + 1} variables that have the value {value} are"
     return Sample("tracking", context, question, tuple(names), 6 * len(names) + 8)
