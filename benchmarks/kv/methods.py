@@ -222,7 +222,8 @@ def _own(signature: Tensor, method: Method, count: int, generator: torch.Generat
     if method.spread == "position":
         i = torch.arange(count)
         return (2 * i + 1) * n // (2 * count), ((i + 1) * n // count - i * n // count).float()
-    return kmeans((signature[..., None] >> torch.arange(64) & 1).flatten(1).float(), count)
+    bits = (signature[..., None] >> torch.arange(64) & 1).flatten(1)
+    return kmeans(bits[:, bits.any(0)].float(), count)
 
 
 def kmeans(bits: Tensor, count: int, iterations: int = 10) -> tuple[Tensor, Tensor]:
@@ -232,7 +233,7 @@ def kmeans(bits: Tensor, count: int, iterations: int = 10) -> tuple[Tensor, Tens
     representative yet, evenly spread among those.
     """
     n = len(bits)
-    order = (bits @ 2.0 ** torch.arange(bits.shape[1] - 1, -1, -1).double().float()).sort(stable=True).indices
+    order = (bits @ 2.0 ** torch.arange(bits.shape[1])).sort(stable=True).indices
     centres = bits[order[(2 * torch.arange(count) + 1) * n // (2 * count)]]
     for _ in range(iterations):
         nearest = (bits @ centres.T * -2 + centres.square().sum(1)).argmin(1)
@@ -243,11 +244,12 @@ def kmeans(bits: Tensor, count: int, iterations: int = 10) -> tuple[Tensor, Tens
     ranked = distance.sort(stable=True).indices
     ranked = ranked[nearest[ranked].sort(stable=True).indices]  # by cluster, the nearest first
     heads = torch.cat([torch.ones(1, dtype=torch.bool), nearest[ranked][1:] != nearest[ranked][:-1]])
-    picked, sizes = ranked[heads], sizes[nearest[ranked[heads]]].float()
+    picked = ranked[heads]
     if missing := count - len(picked):
         rest = torch.ones(n, dtype=torch.bool)
         rest[picked] = False
         others = rest.nonzero()[:, 0]
-        picked = torch.cat([picked, others[(2 * torch.arange(missing) + 1) * len(others) // (2 * missing)]])
-        sizes = torch.cat([sizes, torch.ones(missing)])
-    return picked, sizes
+        others = others[(2 * torch.arange(missing) + 1) * len(others) // (2 * missing)]
+        sizes.index_add_(0, nearest[others], torch.full_like(others, -1))  # they stand for themselves
+        return torch.cat([picked, others]), torch.cat([sizes[nearest[picked]], torch.ones_like(others)]).float()
+    return picked, sizes[nearest[picked]].float()
