@@ -5,7 +5,7 @@ many methods are compared on the very same keys and values. KVCrush's choice its
 """
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -29,6 +29,8 @@ class Layer:
     query: Tensor
     h2o: Tensor
     scale: float
+    rounded: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)  # keys and values as pages of a dtype give them back
+    scored: dict[tuple[object, ...], Tensor] = field(default_factory=dict)  # what `scores` gave, by what it depends on
 
 
 @dataclass(frozen=True)
@@ -52,8 +54,8 @@ class Method:
         kmeans: choose the representatives by k-means of the signatures in place of their distance to an anchor.
         spread: choose them evenly by position, or at random, in place of signatures: ``"position"``, ``"random"`` or None.
         log_count: a representative's attention scores get the logarithm of the number of tokens that it stands for.
-        page: tokens of a unit.
-        representative_dtype: ``"bf16"``, ``"int8"`` or ``"int4"``; what that saves goes into more representatives.
+        dtype: ``"bf16"``, ``"int8"`` or ``"int4"``, of all but the first and last tokens; what that saves goes into more tokens.
+        representative_dtype: the same of representatives alone; None: as the others.
     """
 
     name: str
@@ -72,7 +74,8 @@ class Method:
     kmeans: bool = False
     spread: str | None = None
     log_count: bool = False
-    representative_dtype: str = "bf16"
+    dtype: str = "bf16"
+    representative_dtype: str | None = None
 
     def but(self, name: str, **changes: Any) -> "Method":
         """The same with changes."""
@@ -81,40 +84,48 @@ class Method:
 
 @dataclass
 class Kept:
-    """What stays of a layer: ``bias`` (KV heads, tokens), minus infinity for what was dropped, and which tokens are held at a lower
-    precision, ``low`` (KV heads, tokens) in ``dtype``."""
+    """What stays of a layer: ``bias`` (KV heads, tokens), minus infinity for what was dropped; and which tokens are held at a lower
+    precision, (KV heads, tokens) by dtype."""
 
     bias: Tensor
-    low: Tensor | None = None
-    dtype: str = "bf16"
+    low: dict[str, Tensor] = field(default_factory=dict)
 
     def tokens(self, d: int) -> float:
         """Tokens per KV head that take as many bytes in bf16."""
-        kept = self.bias > -math.inf
-        if self.low is None:
-            return float(kept.sum(1).float().mean())
-        cost = PAGE_BYTES[self.dtype](d) / PAGE_BYTES["bf16"](d)
-        return float(((kept & ~self.low).sum(1) + cost * self.low.sum(1)).mean())
+        kept = (self.bias > -math.inf).sum(1).float()
+        for dtype, low in self.low.items():
+            kept -= (1 - cost(dtype, d)) * low.sum(1)
+        return float(kept.mean())
+
+
+def cost(dtype: str, d: int) -> float:
+    """Bytes of a token, as a share of those of a token in bf16."""
+    return PAGE_BYTES[dtype](d) / PAGE_BYTES["bf16"](d)
 
 
 def scores(layer: Layer, method: Method, generator: torch.Generator) -> Tensor:
     """Importance of each token by query head, (query heads, tokens); by KV head where queries play no part in it."""
+    if method.importance == "random":
+        return torch.rand(layer.key.shape[:2], generator=generator)
+    depends = method.importance, method.window, method.pool, method.value_norm
+    if depends not in layer.scored:
+        layer.scored[depends] = _scores(layer, method)
+    return layer.scored[depends]
+
+
+def _scores(layer: Layer, method: Method) -> Tensor:
     heads, tokens, _ = layer.key.shape
-    if method.importance in ("snapkv", "tova"):
-        window = 1 if method.importance == "tova" else method.window
-        result = _probabilities(layer, window).sum(1)
-        if method.importance == "tova":  # one choice for all heads of a layer, as published
-            result = result.mean(0, keepdim=True).expand_as(result)
-        else:
-            result = F.max_pool1d(result, method.pool, 1, method.pool // 2)
+    if method.importance == "snapkv":
+        result = F.max_pool1d(_probabilities(layer, method.window).sum(1), method.pool, 1, method.pool // 2)
+    elif method.importance == "tova":  # one choice for all heads of a layer, as published
+        result = _probabilities(layer, 1)[:, 0]
+        result = result.mean(0, keepdim=True).expand_as(result)
     elif method.importance == "h2o":
         result = layer.h2o
     elif method.importance == "streaming":
         result = torch.arange(tokens, dtype=torch.float32).expand(heads, tokens)
     elif method.importance == "key_norm":
         result = -layer.key.float().norm(dim=-1)
-    elif method.importance == "random":
-        result = torch.rand(heads, tokens, generator=generator)
     else:
         raise ValueError(f"importance: unknown, {method.importance}")
     if method.value_norm:
@@ -155,21 +166,28 @@ def compress(capture: list[Layer], method: Method, share: float, seed: int = 0) 
     generator = torch.Generator().manual_seed(seed)
     by_query = torch.stack([scores(layer, method, generator) for layer in capture])  # (layers, query heads, tokens)
     groups = by_query.view(layers, heads, -1, tokens)
+    if method.gqa == "layer":  # all KV heads keep the same tokens
+        groups = by_query[:, None].expand(-1, heads, -1, -1)
     score = groups.amax(2) if method.gqa == "max" else groups.mean(2)
     budget = torch.tensor(budgets(method, capture, share))[:, None].expand(-1, heads)
     if method.heads == "ada":
         budget = torch.stack([_ada(one, method, int(most)) for one, most in zip(score, budget[:, 0], strict=True)])
     edges = method.start + method.recent
-    representatives = (method.ratio * (budget - edges) + 0.5).floor().long()
-    ratio, own = method.ratio, method.kmeans or method.spread is not None
+    representatives = method.ratio * (budget - edges)
+    important = budget - edges - (representatives + 0.5).floor()
+    important, representatives = (
+        (x / cost(dtype or method.dtype, d) + 0.5).floor().long()
+        for x, dtype in ((important, None), (budget - edges - important, method.representative_dtype))
+    )
+    room = tokens - edges
+    important = important.clamp_max(room)
+    representatives = torch.minimum(representatives, room - important)
+    budget, own = edges + important + representatives, method.kmeans or method.spread is not None
     if own:  # the op chooses the important ones only
         budget, ratio = budget - representatives, 0.0
-    elif method.representative_dtype != "bf16":
-        assert method.layers == method.heads == "uniform", "one ratio is for all layers and heads"
-        cost = PAGE_BYTES[method.representative_dtype](d) / PAGE_BYTES["bf16"](d)
-        important = budget - edges - representatives
-        budget = (edges + important + (representatives / cost).long()).clamp_max(tokens)
-        ratio = float(((budget - edges - important) / (budget - edges))[0, 0])
+    else:
+        ratios = representatives / (important + representatives)
+        ratio = float(ratios.flatten()[0]) if method.dtype != "bf16" or method.representative_dtype else method.ratio
     begin, end = torch.full((layers,), method.start), torch.full((layers,), tokens - method.recent)
     signature = sign(by_query, begin, end)[:, None]
     chosen = select(
@@ -189,16 +207,19 @@ def compress(capture: list[Layer], method: Method, share: float, seed: int = 0) 
     # Padding goes to one more place, which is cut off.
     index = torch.where(chosen.index < 0, tokens, chosen.index).long()
     weight = torch.full((layers, heads, tokens + 1), -math.inf).scatter_(2, index, chosen.members.log())[..., :tokens]
-    low = torch.zeros(layers, heads, tokens + 1, dtype=torch.bool).scatter_(2, index, chosen.kind == 2)[..., :tokens]
+    kind = torch.full((layers, heads, tokens + 1), 255, dtype=torch.uint8).scatter_(2, index, chosen.kind)[..., :tokens]
     if own:
         for i in range(layers):
             for h in range(heads):
                 candidates = (weight[i, h] == -math.inf).nonzero()[:, 0]
                 picked, sizes = _own(signature[i, 0, candidates], method, int(representatives[i, h]), generator)
-                weight[i, h, candidates[picked]] = sizes.log()
+                weight[i, h, candidates[picked]], kind[i, h, candidates[picked]] = sizes.log(), 2
     bias = weight if method.log_count else torch.where(weight > -math.inf, 0.0, -math.inf)
-    quantised = method.representative_dtype != "bf16"
-    return [Kept(bias[i], low[i] if quantised else None, method.representative_dtype) for i in range(layers)]
+    low: dict[str, Tensor] = {}
+    for number, dtype in ((1, method.dtype), (2, method.representative_dtype or method.dtype)):
+        if dtype != "bf16":
+            low[dtype] = (kind == number) | low.get(dtype, False)
+    return [Kept(bias[i], {dtype: mask[i] for dtype, mask in low.items()}) for i in range(layers)]
 
 
 def _ada(score: Tensor, method: Method, budget: int) -> Tensor:

@@ -53,22 +53,25 @@ def _attend(query: Tensor, key: Tensor, value: Tensor, layer: Layer, kept: Kept)
     (_, heads, length, d), kv_heads = query.shape, key.shape[1]
     grouped = query[0].reshape(kv_heads, -1, d)  # the query heads of a KV head one after another
     stored = (grouped @ layer.key.mT).float() * layer.scale
-    if kept.low is not None:
-        rounded = tuple(fake_quantise(x, kind, kept.dtype) for x, kind in ((layer.key, "key"), (layer.value, "value")))
-        stored = torch.where(kept.low[:, None], (grouped @ rounded[0].mT).float() * layer.scale, stored)
+    for dtype, low in kept.low.items():
+        if dtype not in layer.rounded:
+            layer.rounded[dtype] = round_trip(layer.key, "key", dtype), round_trip(layer.value, "value", dtype)
+        stored = torch.where(low[:, None], (grouped @ layer.rounded[dtype][0].mT).float() * layer.scale, stored)
     own = (grouped @ key[0].mT).float() * layer.scale
     seen = torch.arange(key.shape[2]) <= torch.arange(key.shape[2] - length, key.shape[2])[:, None]
     own = own.masked_fill(~seen.repeat(heads // kv_heads, 1), -math.inf)
     p = torch.cat([stored + kept.bias[:, None], own], -1).softmax(-1).to(query.dtype)
     p, q = p[..., : -key.shape[2]], p[..., -key.shape[2] :]
-    if kept.low is None:
-        out = p @ layer.value
-    else:
-        out = p.masked_fill(kept.low[:, None], 0) @ layer.value + p.masked_fill(~kept.low[:, None], 0) @ rounded[1]
+    dense = p
+    for low in kept.low.values():
+        dense = dense.masked_fill(low[:, None], 0)
+    out = dense @ layer.value
+    for dtype, low in kept.low.items():
+        out = out + p.masked_fill(~low[:, None], 0) @ layer.rounded[dtype][1]
     return (out + q @ value[0]).float().view(1, heads, length, d)
 
 
-def fake_quantise(x: Tensor, kind: str, dtype: str) -> Tensor:
+def round_trip(x: Tensor, kind: str, dtype: str) -> Tensor:
     """``x`` (KV heads, tokens, head_dim) as pages of ``dtype`` hold it."""
     padded = torch.nn.functional.pad(x, (0, 0, 0, -x.shape[1] % 16))[None]
     pages = torch.ops.torch_cpu_ext.kv_cache_pack(padded, kind=kind, dtype=dtype)
