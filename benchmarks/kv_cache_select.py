@@ -84,7 +84,7 @@ def measure(tokens: int, repeats: int) -> Iterator[Row]:
         ("selection by importance alone", "select, ratio 0", "torch.topk"),
     ):
         label = peer if peer == "torch.topk" else "torch.topk, sort and others"
-        yield row(f"{tokens} tokens, {name}", times[ours], label, times[peer], config)
+        yield row(f"{tokens} tokens, {name}", times[ours], label, times[peer], config | {"step": name})
 
 
 def rows(quick: bool) -> Iterator[Row]:

@@ -11,12 +11,14 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-import cases_kv_prefill
-import cases_kv_select
 import numpy as np
 import torch
-from case import Args, Bad, Case, Sample, replaced
 from torch import Tensor
+
+import cases_kv_pages
+import cases_kv_prefill
+import cases_kv_select
+from case import Args, Bad, Case, Sample, replaced
 
 # ------------------------------------------------------------------------------------------------------------------------- sparse_linear
 # An independent model of the documented arithmetic, in numpy: codes and scales in float32, element by element as the header file and the
@@ -1601,6 +1603,7 @@ CASES: dict[str, Case] = {
     case.op: case
     for case in (
         *(_LINEAR, _GROUP_OP, _GATED, _PACK, _UNPACK, _CHECK, _COMPRESS, _EXPAND, _ATTEND, _DECODE),
+        *cases_kv_pages.CASES,
         *cases_kv_prefill.CASES,
         *cases_kv_select.CASES,
     )

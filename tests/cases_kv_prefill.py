@@ -6,8 +6,9 @@ import math
 
 import numpy as np
 import torch
-from case import Args, Bad, Case, Sample, replaced
 from torch import Tensor
+
+from case import Args, Bad, Case, Sample, replaced
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 OP = "kv_cache_prefill"

@@ -7,8 +7,9 @@ from fractions import Fraction
 from typing import Any
 
 import torch
-from case import Args, Bad, Case, Sample, replaced
 from torch import Tensor
+
+from case import Args, Bad, Case, Sample, replaced
 
 ANCHORS = ("random", "zeros", "ones", "mean", "inv_mean", "alternate")
 SCORES = ("normal", "softmax", "rounded", "equal", "special", "zeros")
@@ -252,6 +253,7 @@ def _select_samples() -> list[Sample]:
     for kind in SCORES:
         samples.append(select_sample((2, 2, 700), 3, next(seeds), kind, budget=200, start=4, recent=16))
         samples.append(select_sample((1, 2, 6000), 1, next(seeds), kind, budget=1500, start=4, recent=16, ragged=False))
+    samples.append(select_sample((2, 3, 5000), 1, next(seeds), "rounded", budget=1200, start=4, recent=16))  # enough for two threads
     samples.append(select_sample((1, 1, 40), 20, next(seeds), budget=11, anchors=8, anchor="random", seed=2**63 - 1))
     samples.append(select_sample((2, 2, 40), 0, next(seeds), ratio=0.0))
     samples.append(select_sample((1, 2, 40), 1, next(seeds), start=30, recent=30, budget=61))  # start and recent overlap

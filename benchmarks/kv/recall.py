@@ -21,7 +21,7 @@ FIRST_FILLER, FIRST_KEY, FIRST_VALUE = 2, 2 + FILLER, 2 + FILLER + KEYS
 VOCABULARY = FIRST_VALUE + VALUES
 VERSION = 1  # of the architecture and the schedule; a kept model of another version is not used
 # length, pairs at least and at most, steps: short and dense first, where a model finds out in a moment how recall works
-SCHEDULE = ((64, 4, 16, 500), (128, 4, 32, 300), (256, 8, 64, 300), (512, 16, 96, 300))
+SCHEDULE = ((32, 2, 8, 400), (64, 4, 16, 200), (128, 4, 32, 150), (256, 8, 48, 150), (512, 8, 48, 150))
 PAIRS = 32  # of a context in benchmarks/kv_cache.py
 BATCH_TOKENS, RATE, QUESTIONS = 2048, 2e-3, 32
 
@@ -74,7 +74,7 @@ def build() -> Any:
         num_key_value_heads=4,
         head_dim=32,
         max_position_embeddings=2048,
-        rope_theta=1e4,
+        rope_parameters={"rope_type": "default", "rope_theta": 1e6},  # slow rotations, which content can be matched by
         tie_word_embeddings=False,
         initializer_range=0.08,  # the default leaves attention of so narrow a model without contrast
         bos_token_id=None,
@@ -82,7 +82,7 @@ def build() -> Any:
     )
     model = LlamaForCausalLM(config)
     with torch.no_grad():  # queries of the second layer look for the keys in whose basis `train` asks the first to name the token before
-        model.model.embed_tokens.weight.mul_(4)
+        model.model.embed_tokens.weight.mul_(4)  # a token is not to drown in what says which came before it
         attention = model.model.layers[1].self_attn
         key = attention.k_proj.weight.unflatten(0, (4, 32)).repeat_interleave(2, 0).flatten(0, 1)
         attention.q_proj.weight.copy_(key @ basis())
@@ -112,26 +112,25 @@ def train(log: Any = None) -> Any:
             # Recall is built on a head that looks one token back. Asked for by itself, it is there in a moment; else it takes hours.
             back = F.cross_entropy((states[1][:, 1:] @ turn @ model.model.embed_tokens.weight.T).flatten(0, 1), inputs[:, :-1].flatten())
             optimizer.zero_grad()
-            (loss + back.clamp_min(0.5)).backward()
+            (loss + back.clamp_min(0.5)).backward()  # no further than that: nor is that to outgrow the token
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()
             if log and done % 25 == 0:
                 right = float((logits.argmax(-1) == wanted).float().mean())
-                log(
-                    f"step {done}, length {length}: loss {float(loss):.3f}, back {float(back):.3f}, recall {right:.1%}, {time.perf_counter() - start:.0f} s"
-                )
+                log(f"step {done}, length {length}: loss {loss.item():.3f}, recall {right:.1%}, {time.perf_counter() - start:.0f} s")
     return model.eval()
 
 
-def load() -> Any:
+def load(log: Any = None) -> Any:
     """The trained model; the first call trains it."""
     from transformers import LlamaForCausalLM
 
-    path = once(
-        env.cache_dir() / "models" / f"recall-{VERSION}", "training a model of associative recall", lambda to: train().save_pretrained(to)
-    )
+    def make(target: Any) -> None:
+        train(log).save_pretrained(target)
+
+    path = once(env.cache_dir() / "models" / f"recall-{VERSION}", "training a model of associative recall", make)
     return LlamaForCausalLM.from_pretrained(path, dtype=torch.float32, local_files_only=True).eval()
 
 
 if __name__ == "__main__":
-    train(lambda line: print(line, file=sys.stderr, flush=True))
+    load(lambda line: print(line, file=sys.stderr, flush=True))

@@ -104,24 +104,27 @@ def _codes(rng: random.Random, task: str, size: int, keys: int, values: int, ask
     wanted = names[:asked]
     context = "Some secret codes are hidden in the following text. Remember them.\n\n" + _strew(rng, needles, size)
     references = tuple(code for name in wanted for code in codes[name])
-    if asked > 1:
-        listed = ", ".join(f"the {name}" for name in wanted[:-1]) + f" and the {wanted[-1]}"
-        question = f"\n\nQuestion: What are the secret codes of {listed}?\nAnswer: The secret codes of {listed} are"
+    if asked > 1:  # a list to be gone on with, which smaller models understand better than a sentence
+        question = f"\n\nThe secret codes of {', '.join(wanted)}:\n1. {wanted[0]}:"
     elif values > 1:
         question = f"\n\nQuestion: What are all the secret codes of the {wanted[0]}?\nAnswer: The secret codes of the {wanted[0]} are"
     else:
         question = f"\n\nQuestion: What is the secret code of the {wanted[0]}?\nAnswer: The secret code of the {wanted[0]} is"
-    return Sample(task, context, question, references, 8 * len(references) + 4)
+    tokens = 14 * asked if asked > 1 else 8 * len(references) + 1
+    return Sample(task, context, question, references, tokens)
 
 
-def _tracking(rng: random.Random, size: int, hops: int = 3) -> Sample:
-    """A number is handed on from variable to variable; all that hold it are asked for."""
-    value, letters = _number(rng), "ABCDEFGHJKLMNPQRSTUVWXYZ"
-    names = ["".join(rng.sample(letters, 3)) for _ in range(hops + 1)]
-    needles = [f"VAR {names[0]} = {value}.", *(f"VAR {new} = VAR {old}." for old, new in itertools.pairwise(names))]
-    context = "Follow the variables that are set in the following text.\n\n" + _strew(rng, needles, size)
-    question = f"\n\nQuestion: Which variables have the value {value}?\nAnswer: The {hops + 1} variables that have the value {value} are"
-    return Sample("tracking", context, question, tuple(names), 6 * len(names) + 8)
+def _tracking(rng: random.Random, size: int, hops: int = 1) -> Sample:
+    """A number is handed on from thing to thing; the last one is asked for it.
+
+    RULER asks for all variables that hold a value; small models can tell the value of one.
+    """
+    number, names = _number(rng), rng.sample(NAMES, hops + 1)
+    needles = [f"The {names[0]} holds the number {number}."]
+    needles += [f"The {new} holds the same number as the {old}." for old, new in itertools.pairwise(names)]
+    context = "Remember the numbers in the following text.\n\n" + _strew(rng, needles, size)
+    question = f"\n\nQuestion: Which number does the {names[-1]} hold?\nAnswer: The {names[-1]} holds the number"
+    return Sample("tracking", context, question, (number,), 9)
 
 
 def _common_words(rng: random.Random, size: int, common: int = 5, times: int = 12) -> Sample:
@@ -153,7 +156,7 @@ TASKS: dict[str, Callable[[random.Random, int], Sample]] = {
     "needle_single": lambda rng, size: _codes(rng, "needle_single", size, 1, 1, 1),
     "needle_multikey": lambda rng, size: _codes(rng, "needle_multikey", size, 4, 1, 1),
     "needle_multivalue": lambda rng, size: _codes(rng, "needle_multivalue", size, 1, 4, 1),
-    "needle_multiquery": lambda rng, size: _codes(rng, "needle_multiquery", size, 4, 1, 4),
+    "needle_multiquery": lambda rng, size: _codes(rng, "needle_multiquery", size, 3, 1, 3),
     "tracking": _tracking,
     "common_words": _common_words,
     "frequent_words": _frequent_words,

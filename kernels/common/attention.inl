@@ -191,13 +191,18 @@ static void weigh(const Stretch& a, int64_t row, int64_t begin, int64_t width, f
   for (int i = 0; i < kLanes; ++i) lanes[i] = i;
   const float narrow = a.cap != 0 ? 2 / a.cap : 0;
   Vector most = Vector{} + none, sum = {};
-  for (int32_t i = 0; i < width; i += kLanes) {
+  const auto finish = [&]<bool Whole>(int32_t i) {
     Vector score = load_vector(scores + i) * a.scale;
     if (a.cap != 0) score = a.cap - 2 * a.cap / (exponential(score * narrow) + 1.0f);  // tanh(x) = 1 - 2 / (exp(2 x) + 1)
     if (a.bias != nullptr) score += load_vector(a.bias + i);
-    score = (lanes + i >= from) & (lanes + i < to) ? score : Vector{} + none;
+    if constexpr (!Whole) score = (lanes + i >= from) & (lanes + i < to) ? score : Vector{} + none;
     most = score > most ? score : most;
     store_vector(scores + i, score);
+  };
+  if (from == 0 && to == width) {
+    for (int32_t i = 0; i < width; i += kLanes) finish.template operator()<true>(i);
+  } else {
+    for (int32_t i = 0; i < width; i += kLanes) finish.template operator()<false>(i);
   }
   const float largest = max_lanes(most), base = largest == none ? 0 : largest;
   for (int64_t i = 0; i < width; i += kLanes) {

@@ -28,7 +28,8 @@ template <int By>
 static Vector rotated(Vector v) {
   if constexpr (kLanes == 4) return __builtin_shufflevector(v, v, By, (By + 1) % 4, (By + 2) % 4, (By + 3) % 4);
   if constexpr (kLanes == 8)
-    return __builtin_shufflevector(v, v, By, (By + 1) % 8, (By + 2) % 8, (By + 3) % 8, (By + 4) % 8, (By + 5) % 8, (By + 6) % 8, (By + 7) % 8);
+    return __builtin_shufflevector(v, v, By, (By + 1) % 8, (By + 2) % 8, (By + 3) % 8, (By + 4) % 8, (By + 5) % 8, (By + 6) % 8,
+                                   (By + 7) % 8);
   if constexpr (kLanes == 16)
     return __builtin_shufflevector(v, v, By, (By + 1) % 16, (By + 2) % 16, (By + 3) % 16, (By + 4) % 16, (By + 5) % 16, (By + 6) % 16,
                                    (By + 7) % 16, (By + 8) % 16, (By + 9) % 16, (By + 10) % 16, (By + 11) % 16, (By + 12) % 16,
@@ -70,8 +71,8 @@ static Vector exponential_up_to_88(Vector x) {
 // The same, large but finite above 88.
 static Vector exponential(Vector x) { return exponential_up_to_88(x > 88.0f ? Vector{} + 88.0f : x); }
 
-// 2^x for x up to 127, off by 2 in the last place at most; 0 below -125, NaN of NaN, 1 of 0. The polynomial has the least relative error for
-// |f| <= 1/2.
+// 2^x for x up to 127, off by 2 in the last place at most; 0 below -125, NaN of NaN, 1 of 0. The polynomial has the least relative error
+// for |f| <= 1/2.
 static Vector power_of_two(Vector x) {
   const Vector shifted = x + 12582912.0f;  // the adder rounds to whole numbers
   const Vector f = x - (shifted - 12582912.0f);

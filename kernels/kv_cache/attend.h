@@ -51,8 +51,10 @@ struct Pool {
   int64_t place(int64_t page, int64_t head, int64_t kv_heads) const { return heads == 1 ? page : page * heads + head % kv_heads; }
 };
 
-// Tokens one work item takes. Fixed, so that results do not depend on the number of threads.
-constexpr int64_t kPartTokens = 512;
+// Tokens one work item takes at most; long parts read memory faster, and short ones share the work of short heads. Chosen by the tokens of
+// the head alone, so that results do not depend on the number of threads.
+constexpr int64_t kPartTokens = 1024;
+constexpr int64_t part_tokens(int64_t tokens) { return tokens < 8 * kPartTokens ? kPartTokens / 2 : kPartTokens; }
 
 // Tokens [begin, end) of one head in one pool.
 struct Part {

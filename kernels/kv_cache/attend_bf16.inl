@@ -54,6 +54,7 @@ static void score_int4(const Work<K>& w, uint16_t* room, float* scores) {
   const int64_t d = w.a.dim;
   for (int64_t i = w.first; i < w.last; ++i) {
     const uint8_t *page = w.key(i), *other = w.value(i);
+    w.ask_next(page, i, Kind::key);
     for_rows<typename K::Bf16>(w.a.rows, [&]<int M>(int64_t r) {
       score_page_int4<M>(page, other, d, w.q + r * d, room + r * d, scores + r * kPartTokens + (i - w.first) * kPageTokens);
     });
@@ -85,16 +86,28 @@ static void mix_groups_int4(const Work<K>& w, int64_t group, const uint16_t* wei
     for (int g = 0; g < G; ++g) _mm512_storeu_ps(sums + m * w.a.dim + (group + g) * kLaneCount, acc[m][g]);
 }
 
+// Weights times the scales of their tokens, in place; returns the sum of weights times minimums.
+template <typename K>
+static float fold_grids(const Work<K>& w, float* weights) {
+  const int64_t grid = rows_bytes(PageType::int4, w.a.dim);
+  __m512 all = _mm512_setzero_ps();
+  for (int64_t i = w.first; i < w.last; ++i, weights += kPageTokens) {
+    const __m512 weight = _mm512_loadu_ps(weights);
+    // A slot without a token has weight 0 and may have any grid.
+    const __mmask16 some = _mm512_cmp_ps_mask(weight, _mm512_setzero_ps(), _CMP_NEQ_UQ);
+    _mm512_storeu_ps(weights, _mm512_maskz_mul_ps(some, weight, grid_part(w.value(i) + grid)));
+    all = _mm512_mask3_fmadd_ps(weight, grid_part(w.value(i) + grid + 32), all, some);
+  }
+  return sum_lanes(Vector(all));
+}
+
 template <typename K>
 static void mix_int4(const Work<K>& w, uint16_t* room, float* sums) {
-  const int64_t rows = w.a.rows, d = w.a.dim, grid = rows_bytes(PageType::int4, d);
+  const int64_t rows = w.a.rows, d = w.a.dim;
   float* minimum = reinterpret_cast<float*>(room + rows * kPartTokens);
   for (int64_t r = 0; r < rows; ++r) {
-    float* weights = w.weights + r * kPartTokens;
-    float all = 0;
-    for (int64_t i = w.first; i < w.last; ++i) all += fold_grid(w.value(i) + grid, weights + (i - w.first) * kPageTokens);
-    minimum[r] = all;
-    convert<typename K::Bf16>(weights, w.width, room + r * kPartTokens);
+    minimum[r] = fold_grids(w, w.weights + r * kPartTokens);
+    convert<typename K::Bf16>(w.weights + r * kPartTokens, w.width, room + r * kPartTokens);
   }
   const int64_t groups = d / kLaneCount;
   for_rows<typename K::Bf16>(rows, [&]<int M>(int64_t r) {

@@ -245,8 +245,9 @@ std::tuple<Tensor, Tensor, Tensor> attend(Tensor query, std::vector<Tensor> k_pa
     for (int64_t i = 0, slot = 0; i < static_cast<int64_t>(count); slot += pools[i++].width * kPageTokens) {
       const int64_t end = pools[i].length[head];
       check_tokens(pools[i], head, kv_heads, 0, end, k_pages[i].size(0), op, "[" + std::to_string(i) + "]");
-      for (int64_t begin = 0; begin < end; begin += kPartTokens)
-        parts.push_back({head, i, begin, std::min(begin + kPartTokens, end), tokens[head], slot});
+      const int64_t size = part_tokens(end);
+      for (int64_t begin = 0; begin < end; begin += size)
+        parts.push_back({head, i, begin, std::min(begin + size, end), tokens[head], slot});
       tokens[head] += end;
       bytes += divide_up(end, kPageTokens) * (pools[i].k_bytes + pools[i].v_bytes);
     }

@@ -68,13 +68,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> prefill(Tensor query, Tensor key, Ten
   STD_TORCH_CHECK(!sign || scored, op, ": sign must come with window or sample, got neither");
 
   const Vectors q = vectors_of(query), k = vectors_of(key), v = vectors_of(value);
-  if (first) {
-    first = torch::stable::contiguous(*first);
-    for (int64_t i = 0; i < first->numel(); ++i) {
-      const int64_t begin = static_cast<const int64_t*>(first->const_data_ptr())[i];
-      STD_TORCH_CHECK(begin >= 0 && begin <= tokens, op, ": first must be 0 to ", tokens, " (tokens), got ", begin);
-    }
-  }
+  std::vector<int64_t> starts(first ? batch * kv_heads : 0);
+  if (!starts.empty()) std::memcpy(starts.data(), torch::stable::contiguous(*first).const_data_ptr(), starts.size() * sizeof(int64_t));
+  for (const int64_t begin : starts)
+    STD_TORCH_CHECK(begin >= 0 && begin <= tokens, op, ": first must be 0 to ", tokens, " (tokens), got ", begin);
   if (bias) bias = torch::stable::contiguous(*bias);
 
   Tensor out = torch::stable::new_empty(query, {batch, heads, length, d});
@@ -87,7 +84,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> prefill(Tensor query, Tensor key, Ten
   const int64_t padded = batch * kv_heads * round_up(tokens, kBlockTokens), packed = padded * d * kernel.element;
   const Scratch scratch(2 * packed + (bias ? padded * 4 : 0) + (scored && pool > 1 ? batch * heads * tokens * 4 : 0));
   Prompt p{batch, kv_heads, heads / kv_heads, length, tokens, d, static_cast<float>(scale), static_cast<float>(softcap), type, q, k, v};
-  p.first = first ? static_cast<const int64_t*>(first->const_data_ptr()) : nullptr;
+  p.first = first ? starts.data() : nullptr;
   p.bias = bias ? static_cast<const float*>(bias->const_data_ptr()) : nullptr;
   p.window = window;
   p.sample = sample;

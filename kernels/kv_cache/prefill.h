@@ -17,9 +17,9 @@ struct Vectors {
   int64_t batch_stride, head_stride, token_stride;
 };
 
-constexpr int64_t kTileRows = 64;          // queries of a tile, all heads of the group together, unless a single position has more
-constexpr int64_t kPackBlocks = 16;        // blocks that are packed at a time
-constexpr int64_t kScoreTokens = 512;      // tokens whose scores are made at a time
+constexpr int64_t kTileRows = 64;      // queries of a tile, all heads of the group together, unless a single position has more
+constexpr int64_t kPackBlocks = 16;    // blocks that are packed at a time
+constexpr int64_t kScoreTokens = 512;  // tokens whose scores are made at a time
 
 // The live part of a KV head: `tokens` from `first` on, the last `queries` of which have a query; `skipped` queries are of padding.
 struct Live {
@@ -30,8 +30,8 @@ struct Live {
 
 struct Prompt {
   int64_t batch, kv_heads, group, length, tokens, head_dim;
-  float scale, cap;        // as in common/attention.h
-  Float type;              // of q, k, v and out
+  float scale, cap;  // as in common/attention.h
+  Float type;        // of q, k, v and out
   Vectors q, k, v;
   const int64_t* first;    // [batch * kv_heads], or null
   const float* bias;       // [batch * kv_heads][tokens], or null
@@ -58,7 +58,7 @@ struct Prompt {
 };
 
 struct PrefillVariant {
-  int64_t element;                                         // bytes of an element of the blocks
+  int64_t element;                                          // bytes of an element of the blocks
   void (*pack)(const Prompt&, int64_t head, int64_t part);  // kPackBlocks blocks
   void (*attend)(const Prompt&, int64_t head, int64_t tile);
   void (*score)(const Prompt&, int64_t head, int64_t part);  // sums of kScoreTokens tokens

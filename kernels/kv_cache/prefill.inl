@@ -1,5 +1,5 @@
-// The body of prefill.h, for every instruction set; after common/attention.inl, whose tags say what multiplies. Their X is here what queries,
-// keys, weights and values are.
+// The body of prefill.h, for every instruction set; after common/attention.inl, whose tags say what multiplies. Their X is here what
+// queries, keys, weights and values are.
 
 // The tag T, and how many queries and blocks of 16 tokens (or of 16 elements of the values) have their sums in registers at a time.
 template <typename T, int Rows, int Blocks>
@@ -75,32 +75,31 @@ static void pack_part(const Prompt& p, int64_t head, int64_t part) {
 
 // ------------------------------------------------------------------------------------------------------------------------------- products
 
+// Calls f(m, u) for all m < M and u < U, without a loop: gcc 12 keeps sums in registers only then.
+template <int M, int U, typename F>
+static void for_all(const F& f) {
+#pragma GCC unroll 8
+  for (int m = 0; m < M; ++m)
+#pragma GCC unroll 8
+    for (int u = 0; u < U; ++u) f(m, u);
+}
+
 // The products of U blocks of keys with M queries: those of query m from scores + m * stride on.
 template <typename T, int M, int U>
 static void multiply_keys(const uint8_t* keys, int64_t d, const typename T::X* q, float* scores, int64_t stride) {
   Sums sum[M][U];
-#pragma GCC unroll 8
-  for (int m = 0; m < M; ++m)
-#pragma GCC unroll 8
-    for (int u = 0; u < U; ++u)
-      for (Vector& part : sum[m][u].part) part = Vector{};
-  const int64_t block = packed_bytes<T>(d);
+  Row row[U];
+  for_all<M, U>([&](int m, int u) {
+    for (Vector& part : sum[m][u].part) part = Vector{};
+  });
   for (int64_t i = 0; i < d; i += T::kLane, keys += kBlockRow, q += T::kLane) {
-    Row row[U];
-#pragma GCC unroll 8
-    for (int u = 0; u < U; ++u) row[u] = load_row(keys + u * block);
-#pragma GCC unroll 8
-    for (int m = 0; m < M; ++m)
-#pragma GCC unroll 8
-      for (int u = 0; u < U; ++u) add_row<T>(sum[m][u], row[u], q + m * d);
+    for_all<1, U>([&](int, int u) { row[u] = load_row(keys + u * packed_bytes<T>(d)); });
+    for_all<M, U>([&](int m, int u) { add_row<T>(sum[m][u], row[u], q + m * d); });
   }
-#pragma GCC unroll 8
-  for (int m = 0; m < M; ++m)
-#pragma GCC unroll 8
-    for (int u = 0; u < U; ++u) store_sums(scores + m * stride + u * kWide, sum[m][u]);
+  for_all<M, U>([&](int m, int u) { store_sums(scores + m * stride + u * kWide, sum[m][u]); });
 }
 
-// The products of `tokens` keys, rounded up to whole blocks, with kRows queries.
+// The same for any number of blocks and kRows queries.
 template <typename T, int U = T::kBlocks>
 static void multiply_all_keys(const uint8_t* keys, int64_t blocks, int64_t d, const typename T::X* q, float* scores, int64_t stride) {
   for (; blocks >= U; blocks -= U, keys += U * packed_bytes<T>(d), scores += U * kWide)
@@ -108,33 +107,24 @@ static void multiply_all_keys(const uint8_t* keys, int64_t blocks, int64_t d, co
   if constexpr (U > 1) multiply_all_keys<T, U / 2>(keys, blocks, d, q, scores, stride);
 }
 
-// Sixteen times U elements of kRows sums: what they are times `shrink`, plus the values of `tokens` tokens times their weights.
+// Sixteen times U elements of M sums: what they are times `shrink`, plus the values of `tokens` tokens times their weights.
 template <typename T, int M, int U>
 static void add_values(const uint8_t* values, int64_t tokens, int64_t d, const typename T::X* weights, int64_t stride, const float* shrink,
                        float* sums) {
   Sums sum[M][U];
-#pragma GCC unroll 8
-  for (int m = 0; m < M; ++m)
-#pragma GCC unroll 8
-    for (int u = 0; u < U; ++u) {
-      sum[m][u] = load_sums(sums + m * d + u * kWide);
-      for (Vector& part : sum[m][u].part) part *= shrink[m];
-    }
+  Row row[U];
+  for_all<M, U>([&](int m, int u) {
+    sum[m][u] = load_sums(sums + m * d + u * kWide);
+    for (Vector& part : sum[m][u].part) part *= shrink[m];
+  });
   for (int64_t t = 0; t < tokens; t += T::kLane, values += d / kWide * kBlockRow, weights += T::kLane) {
-    Row row[U];
-#pragma GCC unroll 8
-    for (int u = 0; u < U; ++u) row[u] = load_row(values + u * kBlockRow);
-#pragma GCC unroll 8
-    for (int m = 0; m < M; ++m)
-#pragma GCC unroll 8
-      for (int u = 0; u < U; ++u) add_row<T>(sum[m][u], row[u], weights + m * stride);
+    for_all<1, U>([&](int, int u) { row[u] = load_row(values + u * kBlockRow); });
+    for_all<M, U>([&](int m, int u) { add_row<T>(sum[m][u], row[u], weights + m * stride); });
   }
-#pragma GCC unroll 8
-  for (int m = 0; m < M; ++m)
-#pragma GCC unroll 8
-    for (int u = 0; u < U; ++u) store_sums(sums + m * d + u * kWide, sum[m][u]);
+  for_all<M, U>([&](int m, int u) { store_sums(sums + m * d + u * kWide, sum[m][u]); });
 }
 
+// The same for all d elements of kRows sums.
 template <typename T, int U = T::kBlocks>
 static void add_all_values(const uint8_t* values, int64_t tokens, int64_t d, const typename T::X* weights, int64_t stride,
                            const float* shrink, float* sums, int64_t group = 0) {
@@ -152,10 +142,13 @@ constexpr float kLog2E = 1.44269504f;
 // Products of one query with some tokens become scores once multiplied by what is returned. `biases`: those of the tokens, or null.
 static float finish_scores(const Prompt& p, float* scores, int64_t width, const float* biases) {
   if (p.cap == 0 && !biases && p.scale > 0) return p.scale * kLog2E;
-  const float narrow = p.cap != 0 ? 2 / p.cap : 0;
+  const float narrow = p.cap != 0 ? 2 * kLog2E / p.cap : 0;
   for (int64_t i = 0; i < width; i += kLanes) {
     Vector score = load_vector(scores + i) * p.scale;
-    if (p.cap != 0) score = p.cap - 2 * p.cap / (exponential(score * narrow) + 1.0f);  // tanh(x) = 1 - 2 / (exp(2 x) + 1)
+    if (p.cap != 0) {  // tanh(x) = 1 - 2 / (exp(2 x) + 1)
+      const Vector power = score * narrow;
+      score = p.cap - 2 * p.cap / (power_of_two(power > 126.0f ? Vector{} + 126.0f : power) + 1.0f);
+    }
     if (biases) score += load_vector(biases + i);
     store_vector(scores + i, score);
   }
@@ -228,8 +221,7 @@ static void attend_tile(const Prompt& p, int64_t head, int64_t tile) {
   float *largest = sums + all * d, *total = largest + all, *shrink = total + all;
   X* weights = reinterpret_cast<X*>(scores);
   constexpr int64_t stride = kStretchTokens * 4 / sizeof(X);
-  for (int64_t r = 0; r < rows; ++r)
-    load_elements(vector_at(p, p.q, b, h * g + r % g, live.skipped + begin + r / g), p.type, d, q + r * d);
+  for (int64_t r = 0; r < rows; ++r) load_elements(vector_at(p, p.q, b, h * g + r % g, live.skipped + begin + r / g), p.type, d, q + r * d);
   std::memset(q + rows * d, 0, (all - rows) * d * sizeof(X));
   std::memset(sums, 0, all * d * 4);
   std::fill_n(largest, all, none);
@@ -351,8 +343,7 @@ static void pool_head(const Prompt& p, int64_t query_head) {
   for (; 2 * width <= pool; width *= 2)
     for (int64_t i = 0; i < n + pool - width; i += kLanes)
       store_vector(window + i, larger(load_vector(window + i), load_vector(window + i + width)));
-  for (int64_t i = 0; i < n; i += kLanes)
-    store_vector(window + i, larger(load_vector(window + i), load_vector(window + i + pool - width)));
+  for (int64_t i = 0; i < n; i += kLanes) store_vector(window + i, larger(load_vector(window + i), load_vector(window + i + pool - width)));
   std::memcpy(out + live.first, window, n * 4);
 }
 

@@ -105,7 +105,7 @@ static Found narrow(const float* score, int64_t begin, int64_t end, int64_t coun
     }
     low = static_cast<int32_t>(static_cast<uint32_t>(low) + (static_cast<uint32_t>(digit) << shift));
     if (here == count) return {low - 1, 0};
-    high = low + static_cast<int32_t>((uint32_t{1} << shift) - 1);
+    high = std::min(high, low + static_cast<int32_t>((uint32_t{1} << shift) - 1));  // no score above was counted
   }
   return {low, count};
 }
@@ -121,9 +121,12 @@ static Found find(const float* score, int64_t begin, int64_t end, int64_t count)
   for (int64_t i = 0; i < samples; ++i) std::memcpy(buffer + i, score + begin + i * step, sizeof(float));
   // 3.2 standard deviations of the rank of a median, which is the worst case.
   const int64_t margin = static_cast<int64_t>(1.6f * std::sqrt(static_cast<float>(samples))) + 1;
-  int32_t low = kNan, high = kInfinity;
-  if (rank > margin) high = std::min(kInfinity, narrow(buffer, 0, samples, rank - margin, kNan, kInfinity).key + 1);
-  if (rank + margin <= samples) low = std::max(kNan, narrow(buffer, 0, samples, rank + margin, kNan, kInfinity).key);
+  const auto sampled = [&](int64_t n) {
+    const Found found = narrow(buffer, 0, samples, n, kNan, kInfinity);
+    return found.key + (found.equal == 0);
+  };
+  const int32_t high = rank > margin ? sampled(rank - margin) : kInfinity;
+  const int32_t low = rank + margin <= samples ? sampled(rank + margin) : kNan;
   int64_t above = 0, between = 0;
   for_blocks(score, begin, end, [&](int64_t, const float* scores, int64_t n) {
     uint64_t higher = 0;
@@ -219,29 +222,31 @@ static uint64_t random_word(uint64_t seed, uint64_t number) {
 
 // The bits that more than half of the units have in one word. Eight bit planes count up to 255 units in all 64 bits at once.
 static uint64_t majority(const Order& o, int64_t word) {
-  constexpr int64_t lanes = 8, planes = 8;
+  using Words = uint64_t __attribute__((vector_size(kVectorBytes)));
+  constexpr int64_t lanes = kVectorBytes / 8, planes = 8;
   int64_t counts[64] = {};
   const Word* words = o.signature + o.begin * o.words + word;
   const int64_t size = o.size();
   for (int64_t at = 0; at < size; at += 255 * lanes) {
-    uint64_t plane[planes][lanes] = {};
+    Words plane[planes] = {};
     const int64_t end = std::min(at + 255 * lanes, size);
     for (int64_t i = at; i < end; i += lanes) {
-      uint64_t carry[lanes] = {};
+      Words carry = {};
       if (o.words == 1 && i + lanes <= end)
-        std::memcpy(carry, words + i, sizeof(carry));
+        std::memcpy(&carry, words + i, sizeof(carry));
       else
         for (int64_t lane = 0; lane < std::min(lanes, end - i); ++lane) carry[lane] = words[(i + lane) * o.words];
-      for (int64_t p = 0; p < planes; ++p)
-        for (int64_t lane = 0; lane < lanes; ++lane) {
-          const uint64_t both = plane[p][lane] & carry[lane];
-          plane[p][lane] ^= carry[lane];
-          carry[lane] = both;
-        }
+      for (Words& one : plane) {
+        const Words both = one & carry;
+        one ^= carry;
+        carry = both;
+      }
     }
     for (int64_t p = 0; p < planes; ++p)
-      for (int64_t lane = 0; lane < lanes; ++lane)
-        for (int64_t bit = 0; bit < 64; ++bit) counts[bit] += static_cast<int64_t>(plane[p][lane] >> bit & 1) << p;
+      for (int64_t lane = 0; lane < lanes; ++lane) {
+        const uint64_t bits = plane[p][lane];
+        for (int64_t bit = 0; bit < 64; ++bit) counts[bit] += static_cast<int64_t>(bits >> bit & 1) << p;
+      }
   }
   uint64_t result = 0;
   for (int64_t bit = 0; bit < 64; ++bit) result |= static_cast<uint64_t>(2 * counts[bit] > size) << bit;

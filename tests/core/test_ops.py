@@ -33,9 +33,11 @@ def split(case: Case, args: Args) -> tuple[list, dict]:
 
 
 def call(case: Case, args: Args, function=None):
-    """The result; several ones as a single vector."""
+    """The result; several ones as a single vector, and where there are none, what was written to."""
     positional, keyword = split(case, args)
     result = (function or op(case))(*positional, **keyword)
+    if result is None:
+        result = [args[name] for name in case.mutates]
     return result if isinstance(result, Tensor) else torch.cat([one.double().flatten() for one in result])
 
 

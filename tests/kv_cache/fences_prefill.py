@@ -4,11 +4,11 @@ own."""
 import itertools
 
 import torch
-from cases_kv_prefill import FLOATS, prefill_args
 
 import torch_cpu_ext as tce
 from torch_cpu_ext.core.isa import supported
 
+from cases_kv_prefill import FLOATS, prefill_args
 from support import Fence
 
 assert tce.load("kv_cache")

@@ -1,6 +1,7 @@
 // Runs every kernel of kv_cache that this machine can run on buffers of exactly the documented size, under the address and
 // undefined-behaviour sanitizers; tests/sanitize.py builds and starts it. Results of one instruction set are compared with those of scalar.
 #include <algorithm>
+#include <bit>
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
@@ -10,6 +11,7 @@
 #include <string>
 #include <vector>
 
+#include "prefill.h"
 #include "select.h"
 
 using namespace tce;
@@ -77,7 +79,11 @@ std::vector<uint64_t> signs(const SelectVariant& variant, const float* score, in
     thresholds[head] = variant.threshold(reinterpret_cast<const float*>(reinterpret_cast<const uint8_t*>(score) + head * tokens * 4), begin,
                                          end, (end - begin) / 2);
   for (int64_t from = 0; from < row.units(); from += step) variant.sign(row, from, std::min(from + step, row.units()));
-  return {row.words, row.words + row.units() * row.words_each()};
+  const std::vector<uint64_t> result(row.words, row.words + row.units() * row.words_each());
+  int64_t bits = 0;
+  for (const uint64_t word : result) bits += std::popcount(word);
+  if (bits != heads * std::max<int64_t>(0, (end - begin) / 2)) fail("signatures of " + std::to_string(bits) + " bits in all");
+  return result;
 }
 
 // One head's choice: units, kinds and members as bytes, one after another.
@@ -165,7 +171,10 @@ int64_t check_selection() {
 
 }  // namespace
 
+#include "sanitize_prefill.h"
+
 int main() {
   std::printf("%lld calls of selection\n", static_cast<long long>(check_selection()));
+  std::printf("%lld calls of prefill\n", static_cast<long long>(check_prefill()));
   return 0;
 }

@@ -53,7 +53,10 @@ def test_a_sample_fits_its_length_and_holds_its_answers(task, length):
         assert sample != tasks.make(task, length, seed + 1, count)
 
 
-@pytest.mark.parametrize(("task", "keys", "asked"), [("needle_single", 1, 1), ("needle_multikey", 4, 1), ("needle_multivalue", 4, 4)])
+@pytest.mark.parametrize(
+    ("task", "keys", "asked"),
+    [("needle_single", 1, 1), ("needle_multikey", 4, 1), ("needle_multivalue", 4, 4), ("needle_multiquery", 3, 3)],
+)
 def test_needles_are_as_many_as_the_task_says(task, keys, asked):
     from kv import tasks
 

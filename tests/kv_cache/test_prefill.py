@@ -2,17 +2,18 @@
 
 import itertools
 import math
+import sys
 
 import pytest
 import torch
-from cases_kv_prefill import FLOATS
 from torch import Tensor
 from torch.nn import functional as F
 
 from torch_cpu_ext.core.registry import CATALOGUE
 from torch_cpu_ext.kv_cache import Prefill, prefill, sign
 
-from support import TESTS, run_python, succeeded
+from cases_kv_prefill import FLOATS
+from support import TESTS, forget_peak, peak_bytes, run_python, succeeded
 
 every_kind = pytest.mark.parametrize("kind", FLOATS, ids=lambda kind: str(kind).removeprefix("torch."))
 
@@ -167,23 +168,36 @@ def test_reference_agrees_on_a_long_prompt():
     assert (ours.signature != reference[3]).float().mean() < 0.01  # a score beside the middle may fall on the other side
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_memory_grows_with_the_prompt_alone():
+    """No array of queries times tokens, which would be 256 MiB here."""
+    args = tensors(torch.bfloat16, 1, 1, 8192, 8192, 16)
+    options = {"scale": 0.2, "sample": 64, "pool": 7, "sign": True}
+    prefill(*args, **options)
+    before = forget_peak()
+    prefill(*args, **options)
+    assert peak_bytes() - before < 16 << 20
+
+
 @every_kind
 def test_compile_and_export(kind, tmp_path):
     """fullgraph with a dynamic number of tokens, and a program from a file."""
 
     class Layer(torch.nn.Module):
-        def forward(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, ...]:
-            return torch.ops.torch_cpu_ext.kv_cache_prefill(query, key, value, scale=0.2, window=4, pool=3, sign=True)
+        def forward(self, query: Tensor, key: Tensor, value: Tensor, first: Tensor, bias: Tensor) -> tuple[Tensor, ...]:
+            return torch.ops.torch_cpu_ext.kv_cache_prefill(query, key, value, first, bias, scale=0.2, window=4, pool=3, sign=True)
+
+    def example(n: int) -> tuple[Tensor, ...]:
+        return *tensors(kind, 4, 2, n, n, 16), torch.tensor([[3, 0]]), torch.randn(1, 2, n)
 
     module = Layer()
     compiled = torch.compile(module, fullgraph=True, dynamic=True, backend="aot_eager")
     tokens = torch.export.Dim("tokens", min=2, max=4096)
-    example = tensors(kind, 4, 2, 20, 20, 16)
-    program = torch.export.export(module, example, dynamic_shapes=({2: tokens},) * 3)
+    program = torch.export.export(module, example(20), dynamic_shapes=({2: tokens}, {2: tokens}, {2: tokens}, None, {2: tokens}))
     torch.export.save(program, tmp_path / "layer.pt2")
     loaded = torch.export.load(tmp_path / "layer.pt2").module()
     for n in (20, 33, 300):
-        args = tensors(kind, 4, 2, n, n, 16)
+        args = example(n)
         for function in (compiled, loaded):
             assert_same(Prefill(*function(*args)), Prefill(*module(*args)))
     torch._dynamo.reset()

@@ -6,7 +6,6 @@ import math
 import numpy as np
 import pytest
 import torch
-from cases_kv_select import ANCHORS, SCORES, kept, scores, signatures
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from kv_cache.variants import block_bits, openvino, vllm
@@ -14,6 +13,8 @@ from torch import Tensor
 
 import torch_cpu_ext as tce
 from torch_cpu_ext.kv_cache import Selection, select, sign
+
+from cases_kv_select import ANCHORS, SCORES, kept, scores, signatures
 
 MANY = settings(max_examples=150, deadline=None)
 
@@ -252,6 +253,17 @@ def test_equal_scores_keep_the_first(units):
     ends = torch.zeros(1, 1, dtype=torch.int64), torch.full((1, 1), units), torch.full((1, 1), units - 1)
     chosen = select(score, torch.zeros(1, 1, units, 0, dtype=torch.int64), *ends, most=units - 1, ratio=0.0)
     assert units_of(chosen) == list(range(units - 1))
+
+
+def test_many_scores_around_the_threshold(isa):
+    """Of 200000 scores, more lie between the bounds that a sample gives than are copied, and thousands lie close above those."""
+    n, ulp = 200_000, 2.0**-23
+    generator = torch.Generator().manual_seed(7)
+    above = 1 + ulp * torch.randint(1, 60, (90_000,), generator=generator)
+    below = 0.5 + torch.rand(98_000, generator=generator) / 2
+    score = torch.cat([above, torch.ones(n - 188_000), below])[torch.randperm(n, generator=generator)]
+    signature = sign(score[None, None], torch.tensor([0]), torch.tensor([n]))
+    assert signature[0, :, 0].nonzero()[:, 0].tolist() == sorted(score.sort(descending=True, stable=True).indices[: n // 2].tolist())
 
 
 def test_compiled():

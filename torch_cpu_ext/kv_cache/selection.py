@@ -118,8 +118,8 @@ class Selection(NamedTuple):
             the last.
     """
 
-    index: Tensor
-    count: Tensor
+    index: Tensor  # type: ignore[assignment]  # these two hide methods of tuples
+    count: Tensor  # type: ignore[assignment]
     kind: Tensor
     members: Tensor
 
