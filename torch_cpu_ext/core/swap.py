@@ -212,10 +212,8 @@ class Report:
             ]
             widths = [max(len(row[i]) for row in (header, *cells)) for i in range(len(header))]
             lines = ["  ".join(text.ljust(width) for text, width in zip(row, widths, strict=True)).rstrip() for row in (header, *cells)]
-            ratio = self.bytes_before / max(1, self.bytes_after)
-            lines.append(
-                f"{len(self.rows)} modules, {self.bytes_before / 1e6:.1f} MB -> {self.bytes_after / 1e6:.1f} MB ({ratio:.2f} times smaller)"
-            )
+            ratio = f" ({self.bytes_before / max(1, self.bytes_after):.2f} times smaller)" if self.bytes_before else ""
+            lines.append(f"{len(self.rows)} modules, {self.bytes_before / 1e6:.1f} MB -> {self.bytes_after / 1e6:.1f} MB{ratio}")
         lines += [f"left as it was: {name or '(model)'}: {reason}" for name, reason in self.kept.items()]
         return "\n".join(lines)
 

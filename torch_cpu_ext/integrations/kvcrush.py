@@ -5,6 +5,7 @@ forgets in its layers of full attention; with any other cache, and in other laye
 """
 
 import copy
+import inspect
 import itertools
 import types
 import weakref
@@ -17,7 +18,6 @@ from torch import Tensor, nn
 try:
     from transformers import AttentionInterface, AttentionMaskInterface
     from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache, DynamicLayer
-    from transformers.configuration_utils import get_head_shapes
     from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_forward
     from transformers.masking_utils import causal_mask_function, sdpa_mask
 except ImportError as error:
@@ -66,7 +66,8 @@ class KVCrushLayer(CacheLayerMixin):
     def __deepcopy__(self, memo: dict[int, Any]) -> "KVCrushLayer":
         new = copy.copy(self)
         memo[id(self)] = new
-        new.kept = copy.deepcopy(self.kept, memo)  # the model's config stays shared, since the model goes on changing it
+        with torch.inference_mode(False):  # it is written to outside of it
+            new.kept = copy.deepcopy(self.kept, memo)  # the model's config stays shared, since the model goes on changing it
         new._register()
         return new
 
@@ -90,8 +91,8 @@ class KVCrushLayer(CacheLayerMixin):
         batch, heads, _, d = key_states.shape
         if (heads, d) != self.shape or value_states.shape[1] != heads:
             raise ValueError(
-                f"KVCrushCache: {self.name} must have {self.shape[0]} KV heads of dimension {self.shape[1]}, as the model has that the cache "
-                f"was made for, got {heads} of {d}"
+                f"KVCrushCache: {self.name} must have {self.shape[0]} KV heads of dimension {self.shape[1]}, as in the model that the "
+                f"cache was made for, got {heads} of {d}"
             )
         if value_states.shape[-1] != d or d % 16:
             raise ValueError(
@@ -187,7 +188,7 @@ class KVCrushLayer(CacheLayerMixin):
     get_max_cache_shape = get_max_length  # what earlier versions of transformers call it
 
     @property
-    def is_croppable(self) -> bool:  # type: ignore[override]
+    def is_croppable(self) -> bool:
         """Whether the last tokens can be taken back: not after tokens were dropped or packed into int8 or int4."""
         return self.kept.croppable
 
@@ -278,15 +279,14 @@ class KVCrushCache(Cache):
         self.crush = crush or KVCrushConfig()
         decoder = config.get_text_config(decoder=True)
         if "reuse" in (getattr(decoder, "kv_sharing_modes", None) or ()):
-            raise ValueError(f"KVCrushCache: the model's layers must have keys and values of their own, those of {decoder.model_type} share")
+            raise ValueError(f"KVCrushCache: the model's layers must have keys and values of their own, got {decoder.model_type}")
         layers: list[Any] = DynamicCache(config=decoder).layers
         full = [i for i, layer in enumerate(layers) if type(layer) is DynamicLayer and i not in skip]
         if not full:
             kinds = sorted({type(layer).__name__ for layer in layers})
             raise ValueError(f"KVCrushCache: the model must have a layer of full attention to compress, got {', '.join(kinds)} only")
-        heads, dims = (x if isinstance(x, list) else [x] * len(layers) for x in get_head_shapes(decoder))
         for place, i in enumerate(full):
-            layers[i] = KVCrushLayer(decoder, self.crush, f"layer {i}", (heads[i], dims[i]), (place, len(full)))
+            layers[i] = KVCrushLayer(decoder, self.crush, f"layer {i}", _shape(decoder, i), (place, len(full)))
         super().__init__(layers=layers)
 
     def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
@@ -323,9 +323,16 @@ class KVCrushCache(Cache):
         return total
 
 
+def _shape(decoder: Any, layer: int) -> tuple[int, int]:
+    """KV heads and head dimension of a layer."""
+    config = decoder.per_layer_config[layer] if hasattr(decoder, "per_layer_config") else decoder
+    d = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    return getattr(config, "num_key_value_heads", None) or config.num_attention_heads, d
+
+
 def _padding(mask: Tensor | None, batch: int, seen: int) -> Tensor | None:
-    """int64 ``(batch,)``: the tokens of padding on the left that a mask tells; None if there is none. Kept on the mask, which all layers of a
-    call share."""
+    """int64 ``(batch,)``: the tokens of padding on the left that a mask tells; None if there is none. Kept on the mask, which all layers
+    of a call share."""
     if mask is None:
         return None
     known: dict[int, Tensor | None] | None = getattr(mask, "kvcrush_padding", None)
@@ -356,8 +363,8 @@ def mask(
     use_vmap: bool = False,
     **kwargs: Any,
 ) -> Tensor | None:
-    """The mask of the attention implementation `NAME`: the two-dimensional one of padding, or none, where attention is causal over all tokens
-    seen; that of ``sdpa`` elsewhere.
+    """The mask of the attention implementation `NAME`: the two-dimensional one of padding, or none, where attention is causal over all
+    tokens seen; that of ``sdpa`` elsewhere.
 
     Args:
         batch_size: rows.
@@ -374,6 +381,7 @@ def mask(
     plain = mask_function is causal_mask_function and local_size is None and not use_vmap
     if plain and isinstance(q_offset, int) and kv_offset == 0 and kv_length == q_offset + q_length:
         return attention_mask
+    kwargs["allow_is_causal_skip"] = False  # no mask at all means causal attention of the last tokens, which is not so in a static cache
     return sdpa_mask(
         batch_size=batch_size,
         q_length=q_length,
@@ -398,7 +406,7 @@ def attention(
     scaling: float | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """The attention implementation `NAME`: that of a `KVCrushLayer` where the keys come from one, else what transformers' ``sdpa`` computes.
+    """The attention implementation `NAME`: that of a `KVCrushLayer` where the keys come from one, else what transformers' ``sdpa`` gives.
 
     Args:
         module: the attention module.
@@ -408,8 +416,8 @@ def attention(
         attention_mask: as `mask` gave it.
         dropout: must be 0 where the cache is compressed.
         scaling: of the scores; None for ``head_dim ** -0.5``.
-        kwargs: ``softcap``; others for ``sdpa``. A sliding window, sinks and a position bias are not accepted where the cache is compressed,
-            sinks nowhere.
+        kwargs: ``softcap``; others for ``sdpa``. A sliding window, sinks and a position bias are not accepted where the cache is
+            compressed, sinks nowhere.
     Returns:
         ``(batch, tokens, heads, head_dim)``, and None.
     Raises:
@@ -426,9 +434,11 @@ def attention(
         raise ValueError(f"{NAME}: {layer.name} cannot be compressed, since its attention has {', '.join(refused) or 'dropout'}")
     if torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad):
         raise RuntimeError(f"{NAME}: there are no gradients through a KVCrushCache; use torch.no_grad()")
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling():  # the counts of a layer change after the call then
         out = torch.ops.torch_cpu_ext_kvcrush.attend(query, key, value, attention_mask, layer.handle, scale, softcap or 0.0)
     else:
+        if layer.kept.seen + key.shape[2] != layer.tokens:
+            raise ValueError(f"{NAME}: {layer.name} must attend once to what it was given; layers that share keys are not supported")
         out = layer.attend(query, key, value, attention_mask, scale, softcap or 0.0)
     return out.transpose(1, 2).contiguous(), None
 
@@ -469,7 +479,7 @@ def _dense(
     return (weights @ repeat_kv(value, group)).transpose(1, 2).contiguous(), None
 
 
-# ------------------------------------------------------------------------------------------------------------------------------- the default
+# ------------------------------------------------------------------------------------------------------------------------------ the default
 
 
 class KVCrushAttention(SharingReplacement):
@@ -508,7 +518,8 @@ class KVCrushAttention(SharingReplacement):
         share = f", {crush.ratio:.0%} representatives" if crush.ratio else ""
         budget = f"{crush.budget:.0%} of the tokens" if isinstance(crush.budget, float) else f"{crush.budget} tokens"
         tokens = f"; {layer.tokens} seen in the last cache" if before and layer is not None else ""
-        return Row(self.technique, f"{crush.importance}{share}", before, after, jit.kernel_isa(self.technique, "attend"), f"{budget}{tokens}")
+        isa = jit.kernel_isa(self.technique, "attend")
+        return Row(self.technique, f"{crush.importance}{share}", before, after, isa, f"{budget}{tokens}")
 
     def spec(self) -> dict[str, Any]:
         return {"config": self.crush.to_dict()}
@@ -589,8 +600,7 @@ def obstacle(model: nn.Module, name: str) -> str:
     if module.layer_idx >= len(layers) or type(layers[module.layer_idx]) is not DynamicLayer:
         kind = type(layers[module.layer_idx]).__name__ if module.layer_idx < len(layers) else "none"
         return f"it has no full attention (its cache is transformers' {kind})"
-    dims = get_head_shapes(decoder)[1]
-    d = dims[module.layer_idx] if isinstance(dims, list) else dims
+    d = _shape(decoder, module.layer_idx)[1]
     return f"its head dimension is {d}, no multiple of 16" if d % 16 else ""
 
 
@@ -608,6 +618,12 @@ def _fresh(stack: Any) -> KVCrushCache:
     return KVCrushCache(stack.config, crush, skip=skip)
 
 
+def _name(model: Any) -> str:
+    """What a model calls its cache: it changed within transformers 5."""
+    forward = getattr(model, "_original", (model,))[0].forward  # of a module that another technique replaced
+    return "cache" if "cache" in inspect.signature(forward).parameters else "past_key_values"
+
+
 def _give_cache(stack: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
     """A forward pre-hook: a cache where one is wanted and none is given."""
     use = kwargs.get("use_cache")
@@ -616,8 +632,7 @@ def _give_cache(stack: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tu
     given = len(args) > 3 or kwargs.get("cache") is not None or kwargs.get("past_key_values") is not None
     if given or not use or torch.is_grad_enabled():
         return None
-    kwargs.pop("past_key_values", None)
-    return args, {**kwargs, "cache": _fresh(stack)}
+    return args, {**kwargs, _name(stack): _fresh(stack)}
 
 
 def generate(self: Any, *args: Any, **kwargs: Any) -> Any:
@@ -633,12 +648,11 @@ def generate(self: Any, *args: Any, **kwargs: Any) -> Any:
     use = kwargs.get("use_cache", config.use_cache)
     given = kwargs.get("cache") is not None or kwargs.get("past_key_values") is not None
     if not given and use is not False and implementation is None:
-        kwargs.pop("past_key_values", None)
-        kwargs["cache"] = _fresh(next(module for module in self.modules() if "_kvcrush" in module.__dict__))
+        kwargs[_name(self)] = _fresh(next(module for module in self.modules() if "_kvcrush" in module.__dict__))
     return type(self).generate(self, *args, **kwargs)
 
 
-# ----------------------------------------------------------------------------------------------------------------------------------- compiled
+# --------------------------------------------------------------------------------------------------------------------------------- compiled
 # A compiled graph calls a layer by its number, so that nothing of what is kept becomes part of the graph.
 
 

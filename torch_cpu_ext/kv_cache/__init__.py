@@ -6,4 +6,18 @@ from .prefill import Prefill, prefill
 from .selection import Selection, select, sign
 from .swap import swap_attention
 
-__all__ = ["Attended", "KVCrushConfig", "Prefill", "Selection", "append", "attend", "pack", "page_bytes", "prefill", "select", "sign", "swap_attention", "unpack"]
+__all__ = [
+    "Attended",
+    "KVCrushConfig",
+    "Prefill",
+    "Selection",
+    "append",
+    "attend",
+    "pack",
+    "page_bytes",
+    "prefill",
+    "select",
+    "sign",
+    "swap_attention",
+    "unpack",
+]

@@ -20,9 +20,9 @@ class KVCrushConfig(Config):
             seen so far, at least ``start + recent + 1``. Only a number of tokens bounds the memory of endless decoding.
         ratio: share of ``budget - start - recent`` that goes to representatives, in ``[0, 1]``; 0 is importance alone, the methods as they
             were published.
-        importance: what is important. ``"snapkv"``: the attention of the last ``window`` queries (SnapKV, arXiv:2404.14469). ``"h2o"``: that
-            of all queries (H2O, arXiv:2306.14048). ``"tova"``: that of the last query (TOVA, arXiv:2401.06104). ``"streaming"``: the latest
-            tokens (StreamingLLM, arXiv:2309.17453). ``"key_norm"``: keys of small norm (arXiv:2406.11430). ``"random"``: a control.
+        importance: what is important. ``"snapkv"``: the attention of the last ``window`` queries (SnapKV, arXiv:2404.14469). ``"h2o"``:
+            that of all queries (H2O, arXiv:2306.14048). ``"tova"``: that of the last query (TOVA, arXiv:2401.06104). ``"streaming"``: the
+            latest tokens (StreamingLLM, arXiv:2309.17453). ``"key_norm"``: keys of small norm (arXiv:2406.11430). ``"random"``: a control.
         window: queries that ``"snapkv"`` scores are made of, and signatures where the scores are no attention.
         pool: ``"snapkv"`` scores become the largest among this many neighbouring tokens, an odd number.
         sample: ``"h2o"`` looks at every ``sample``-th query.
@@ -42,9 +42,10 @@ class KVCrushConfig(Config):
             ``"int4"``; of the latter two the first ``start`` and last ``recent`` tokens stay as ``"auto"`` would have them.
         representative_dtype: of representatives, ``"int8"`` or ``"int4"``; None: as the others.
         evict: ``"prefill"``: after each call of more than 8 tokens, so that a prompt in chunks never needs the memory of all of it.
-            ``"decode"``: before the first call of one token after such calls, for the same choice as with a whole prompt. ``"manual"``: by
-            `KVCrushCache.compress`.
-        decode_evict: whether decoding drops pages of 16 tokens, so as to stay within the budget and up to two pages.
+            ``"decode"``: before the first call of one token after calls of several, for the same choice as with a whole prompt.
+            ``"manual"``: by `KVCrushCache.compress`.
+        decode_evict: whether decoding drops pages of 16 tokens, so as to stay within the budget and up to two pages; with
+            ``evict="manual"`` from the first `KVCrushCache.compress` that dropped something on.
     Raises:
         ValueError: a value is not among those accepted.
     """

@@ -21,9 +21,9 @@ _REPRESENTATIVE = 2  # the kind that `select` gives
 class CompressedKV:
     """Keys and values of one layer in pages, and attention over them; prompts are dense only while they are attended to.
 
-    Tokens lie in up to four tiers: ``start`` (the first ones, where the dtype is int8 or int4), ``representative`` (where those have a dtype
-    of their own), ``old`` (pages of int8 or int4, each packed once, when its tokens are no longer recent) and ``recent``, the only one that
-    grows, which without the others holds all.
+    Tokens lie in up to four tiers: ``start`` (the first ones, where the dtype is int8 or int4), ``representative`` (where those have a
+    dtype of their own), ``old`` (pages of int8 or int4, each packed once, when its tokens are no longer recent) and ``recent``, the only
+    one that grows, which without the others holds all.
 
     Args:
         config: what to keep, and how.
@@ -42,7 +42,7 @@ class CompressedKV:
         self.part: Tensor | None = None  # float64 (batch, KV heads): a head's part of the layer's budget, as a multiple of the mean
         self.last_queries: Tensor | None = None
 
-    # ------------------------------------------------------------------------------------------------------------------------------ attention
+    # ---------------------------------------------------------------------------------------------------------------------------- attention
 
     def __call__(
         self, query: Tensor, key: Tensor, value: Tensor, padding: Tensor | None = None, *, scale: float, softcap: float = 0.0
@@ -64,9 +64,12 @@ class CompressedKV:
         if not self.tiers:
             empty = key[:, :, :0]
             self._store(empty, empty, torch.zeros(key.shape[:2], dtype=torch.int64), self._slots(empty, query.shape[1]), None)
-        if new == 1 and self.waiting:
-            self.compress(scale=scale, softcap=softcap)
-        if new <= FEW and skipped is None:
+        if self.config.evict == "decode":
+            if new == 1 and self.waiting:
+                self.compress(scale=scale, softcap=softcap)
+            self.waiting = new > 1
+        exact = self.waiting and self.config.importance == "h2o"  # probabilities of pages come for each KV head only
+        if new <= FEW and skipped is None and not exact:
             return self._few(query, key, value, scale, softcap)
         return self._many(query, key, value, skipped, scale, softcap)
 
@@ -74,7 +77,7 @@ class CompressedKV:
         """int64 ``(batch,)``: how many of the new tokens are padding; None if none is."""
         if padding is None or self.padding is padding:
             return None
-        before = self.padding if self.padding is not None else padding.clamp(max=self.seen)
+        before = torch.zeros_like(padding) if self.padding is None else self.padding
         if not bool((padding.clamp(max=self.seen) == before).all()):
             raise ValueError("the padding of a row must stay as it was")
         skipped = padding - before
@@ -170,8 +173,6 @@ class CompressedKV:
             self._store(keys, values, length, slots, None)
         else:
             self._add(key, value, skipped, slots, order)
-        if config.evict == "decode":
-            self.waiting = True
         self._remember(query)
         return result.out
 
@@ -199,7 +200,7 @@ class CompressedKV:
         recent.append(key, value, length)
         self._age()
 
-    # --------------------------------------------------------------------------------------------------------------------------------- tokens
+    # ------------------------------------------------------------------------------------------------------------------------------- tokens
 
     def _held(self) -> bool:
         return any(bool(tier.length.any()) for tier in self.tiers.values())
@@ -309,24 +310,28 @@ class CompressedKV:
     @property
     def lengths(self) -> Tensor:
         """int64 ``(batch, KV heads)``: tokens that are kept."""
-        return torch.stack([tier.length for tier in self.tiers.values()]).sum(0)
+        lengths = [tier.length for tier in self.tiers.values()]
+        return lengths[0].clone() if len(lengths) == 1 else torch.stack(lengths).sum(0)
 
-    # ------------------------------------------------------------------------------------------------------------------------------- eviction
+    # ----------------------------------------------------------------------------------------------------------------------------- eviction
 
     def _budget(self, shape: torch.Size) -> Tensor:
-        """int64 ``(batch, KV heads)``: tokens that each head may keep now, if it competes with no other."""
+        """int64 ``(batch, KV heads)``: tokens that each head may keep now."""
         config = self.config
-        seen = torch.full(shape[:1], self.seen) - (0 if self.padding is None else self.padding)
-        if isinstance(config.budget, float):
-            total = (config.budget * seen.double() + 0.5).floor().long()
+        if isinstance(config.budget, int) and config.layers == "uniform":
+            middle = torch.full(shape, config.budget - config.fixed)
         else:
-            total = torch.full_like(seen, config.budget)
-        middle = (total - config.fixed).clamp(min=1)
-        if config.layers == "pyramid":
-            room = (seen - config.fixed).clamp(min=1)
-            shares = [pyramid(int(m), self.layer, self.layers, int(r)) for m, r in zip(middle, room, strict=True)]
-            middle = torch.tensor(shares).clamp(min=1)
-        middle = middle[:, None].expand(shape)
+            seen = torch.full(shape[:1], self.seen) - (0 if self.padding is None else self.padding)
+            if isinstance(config.budget, float):
+                total = (config.budget * seen.double() + 0.5).floor().long()
+            else:
+                total = torch.full_like(seen, config.budget)
+            rest = (total - config.fixed).clamp(min=1)
+            if config.layers == "pyramid":
+                room = (seen - config.fixed).clamp(min=1)
+                shares = [pyramid(int(m), self.layer, self.layers, int(r)) for m, r in zip(rest, room, strict=True)]
+                rest = torch.tensor(shares).clamp(min=1)
+            middle = rest[:, None].expand(shape)
         if self.part is not None:
             middle = (self.part * middle).round().long().clamp(min=1)
         return config.fixed + middle
@@ -368,7 +373,7 @@ class CompressedKV:
                 sign=config.ratio > 0,
                 **scores,
             )
-            score, signature = result.score, result.signature
+            score, signature = result.score, result.signature if config.ratio else None
         else:
             score = torch.zeros(*first.shape, dense["key"].shape[2])
         self._compress(dense["key"], dense["value"], first, slots, score, queries, signature)
@@ -430,7 +435,7 @@ class CompressedKV:
         self.evicted |= bool((chosen.count < tokens - first).any())
         self._store(take(key, index), take(value, index), chosen.count, slots, kind)
 
-    # --------------------------------------------------------------------------------------------------------------------------------- upkeep
+    # ------------------------------------------------------------------------------------------------------------------------------- upkeep
 
     def _upkeep(self) -> None:
         """What decoding leaves to be done every 16 tokens: packs pages that are no longer recent, drops pages over the budget."""
@@ -455,12 +460,12 @@ class CompressedKV:
             return None
         mask = torch.arange(most) < leaving[..., None]
         ids = recent.table[:, :, :most][mask].long()
-        packed = []
+        packed = {}
         for kind in ("key", "value"):
             x = unpack(recent.pools[kind][ids][:, None], kind=kind, head_dim=recent.head_dim)
-            packed.append(pack(x, kind=kind, dtype=old.dtype)[:, 0, 0])
+            packed[kind] = pack(x, kind=kind, dtype=old.dtype)[:, 0, 0]
         slots = {name: x.unflatten(2, (-1, TOKENS))[:, :, :most][mask] for name, x in recent.slots.items()}
-        old.push(mask, *packed, slots)
+        old.push(mask, packed["key"], packed["value"], slots)
         column = torch.arange(recent.table.shape[2])
         recent.keep(column >= leaving[..., None])
         return None
@@ -471,7 +476,8 @@ class CompressedKV:
         dense, first, slots, _ = self._dense(dtype)
         count = dense["key"].shape[2]
         index = (torch.arange(count) + first[..., None]).clamp(max=max(count - 1, 0))
-        self._store(take(dense["key"], index), take(dense["value"], index), count - first, {n: take(x, index) for n, x in slots.items()}, None)
+        slots = {name: take(x, index) for name, x in slots.items()}
+        self._store(take(dense["key"], index), take(dense["value"], index), count - first, slots, None)
 
     def _drop_pages(self) -> None:
         config = self.config
@@ -483,7 +489,7 @@ class CompressedKV:
         begin = torch.full_like(over, 0 if name == "old" else -(-config.start // TOKENS))
         end = (tier.length // TOKENS if name == "old" else (tier.length - config.recent) // TOKENS).clamp(min=0)
         begin = torch.minimum(begin, end)
-        over = torch.minimum(over, (end - begin - 1).clamp(min=0))
+        over = torch.minimum(over, end - begin)
         if not bool(over.any()):
             return
         batch, heads, columns = tier.table.shape
@@ -511,11 +517,12 @@ class CompressedKV:
         column = torch.arange(columns)
         keep = (column < begin[..., None]) | (column >= end[..., None])
         index = chosen.index.long()
-        keep = F.pad(keep, (0, 1)).scatter(2, index.masked_fill(index < 0, columns), True)[:, :, :columns]
+        none = (index < 0) | (budget == 0)[..., None]
+        keep = F.pad(keep, (0, 1)).scatter(2, index.masked_fill(none, columns), True)[:, :, :columns]
         tier.keep(keep)
         self.evicted = True
 
-    # ------------------------------------------------------------------------------------------------------------------------------- the batch
+    # ---------------------------------------------------------------------------------------------------------------------------- the batch
 
     def rows(self, index: Tensor) -> None:
         """Makes the rows of the batch those that ``index``, int64, says."""

@@ -45,7 +45,13 @@ def page_size(kind: str, dtype: str, head_dim: int) -> int:
 
 
 def page_bytes(kind: str, dtype: str, head_dim: int) -> int:
-    """Bytes of a page; arguments as of `page_size`."""
+    """Bytes of a page.
+
+    Args:
+        kind: ``"key"`` or ``"value"``.
+        dtype: ``"fp32"``, ``"bf16"``, ``"int8"`` or ``"int4"``.
+        head_dim: elements of a token's vector.
+    """
     return page_size(kind, dtype, head_dim) * DTYPES[dtype].itemsize
 
 

@@ -40,7 +40,7 @@ class Tier:
 
     def __init__(self, key: Tensor, value: Tensor, length: Tensor, dtype: str, slots: dict[str, Tensor], grows: bool) -> None:
         batch, heads, tokens, self.head_dim = key.shape
-        self.dtype, self.length = dtype, length.clone()
+        self.dtype, self.length, self.grows = dtype, length.clone(), grows
         filled = -(-length // TOKENS)
         self.pages = filled + grows  # of each head
         columns, used = -(-tokens // TOKENS), int(self.pages.sum())
@@ -138,7 +138,7 @@ class Tier:
         """Drops whole pages, which hold 16 tokens each; their places in the pool are free then.
 
         Args:
-            mask: bool ``(batch, KV heads, columns of the table)``: False for those to drop. Pages that a head doesn't have are not looked at.
+            mask: bool ``(batch, KV heads, columns of the table)``: False for those to drop. Columns without a page are not looked at.
         """
         column = torch.arange(self.table.shape[2])
         keep = mask & (column < self.pages[..., None])
@@ -159,6 +159,7 @@ class Tier:
     def crop(self, tokens: int) -> None:
         """Forgets the last tokens of each head."""
         self.length = (self.length - tokens).clamp(min=0)
+        self._unshare()
         for x in self.slots.values():
             x[~self.live()] = 0
         self._count_room()
@@ -167,17 +168,22 @@ class Tier:
         """Makes the rows of the batch those numbers; rows that are there twice get pages of their own for what is still written to."""
         self.table, self.length, self.pages = (t.index_select(0, index) for t in (self.table, self.length, self.pages))
         self.slots = {name: x.index_select(0, index) for name, x in self.slots.items()}
-        same = index[:, None] == index
-        again = (same & torch.ones_like(same).tril(-1)).any(1)
-        if bool(again.any()):
-            column = torch.arange(self.table.shape[2])
-            written = (column >= (self.length // TOKENS)[..., None]) & (column < self.pages[..., None]) & again[:, None, None]
-            old = self.table[written].long()
+        if self.grows and len(index.unique()) < len(index):
+            self._unshare()
+        self._count_room()
+
+    def _unshare(self) -> None:
+        """Gives rows pages of their own where they will write to pages that others have too."""
+        column = torch.arange(self.table.shape[2])
+        used = column < self.pages[..., None]
+        sharers = torch.bincount(self.table[used], minlength=self.pools["key"].shape[0])
+        written = used & (column >= (self.length // TOKENS)[..., None]) & (sharers[self.table.long()] > 1)
+        old = self.table[written].long()
+        if len(old):
             new = self._allocate(len(old))
             for pool in self.pools.values():
                 pool[new] = pool[old]
             self.table[written] = new.int()
-        self._count_room()
 
     def _widen(self, columns: int) -> None:
         width = self.table.shape[2]

@@ -42,7 +42,7 @@ def swap_attention(
     chosen = {name: module for name, module in chosen.items() if name in found}
     reasons = {name: obstacle(model, name) for name in chosen}
     if all(reasons.values()):
-        why = "; ".join(f"{name}: {reason}" for name, reason in reasons.items()) or "there is no attention layer of transformers among those chosen"
+        why = "; ".join(f"{name}: {reason}" for name, reason in reasons.items()) or "there is no attention layer of transformers there"
         raise ValueError(f"swap_attention: model must have a layer that can be compressed, got none: {why}")
 
     def make(name: str, module: nn.Module) -> nn.Module | str:
