@@ -256,7 +256,9 @@ def main() -> None:
     stored = json.loads(path.read_text()) if arguments.save and path.exists() else []
     rows = {row["case"]: row for row in stored if row["config"]["task"] != "average" and SETTINGS.items() <= row["config"].items()}
     evaluation, full = Evaluation(), []
-    todo = [(subject, 0) for subject in QUICK] if arguments.quick else [(s, seed) for n in LENGTHS for seed in SEEDS for s in SUBJECTS if s.length <= n]
+    todo = [(subject, seed) for length in LENGTHS for seed in SEEDS for subject in SUBJECTS if subject.length <= length]
+    if arguments.quick:
+        todo = [(subject, 0) for subject in QUICK]
     todo = [(subject, seed) for subject, seed in todo if arguments.only in case(subject, "", "")]
     for subject, seed in bar(todo, "kv_cache", "seed"):
         if all(str(seed) in rows.get(case(subject, m.name, share), {"by_seed": {}})["by_seed"] for m, share in columns()):

@@ -45,8 +45,8 @@ class Method:
         pool: neighbours whose largest score SnapKV takes.
         start: first tokens that are always kept.
         recent: last tokens that are always kept.
-        gqa: how the scores of a KV head's query heads are put together, ``"mean"`` or ``"max"``; ``"layer"``: the mean of all query heads of
-            the layer, so that all KV heads keep the same tokens.
+        gqa: how the scores of a KV head's query heads are put together, ``"mean"`` or ``"max"``; ``"layer"``: the mean of all query
+            heads of the layer, so that all KV heads keep the same tokens.
         value_norm: multiply scores by the norms of the values.
         layers: ``"uniform"``, or ``"pyramid"``: less for later layers.
         heads: ``"uniform"``, or ``"ada"``: the heads of a layer compete.

@@ -201,6 +201,41 @@ def test_answers_over_a_full_cache_are_the_models_own():
     assert losses[0] < losses[1] or losses[0] == pytest.approx(losses[1], rel=0.5)
 
 
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"ratio": 0.0},
+        {"ratio": 0.25},
+        {"ratio": 0.5, "log_count": True, "pool": 1, "gqa": "layer"},
+        {"ratio": 0.0, "importance": "h2o"},
+        {"ratio": 0.25, "importance": "h2o"},
+        {"ratio": 0.0, "importance": "tova", "gqa": "layer"},
+        {"ratio": 0.0, "importance": "key_norm"},
+        {"ratio": 0.0, "importance": "streaming"},
+    ],
+    ids=str,
+)
+def test_the_librarys_cache_gives_what_is_evaluated(changes):
+    from transformers import DynamicCache
+
+    from torch_cpu_ext import KVCrushCache, KVCrushConfig
+
+    from kv.methods import Method, compress
+    from kv.reading import Reader, _Pass
+
+    prompt, question, model = torch.randint(64, (160,)), torch.randint(64, (5,)), tiny()
+    reader = Reader(model)
+    layers = reader.read(prompt)
+    kept = compress(layers, Method("ours", **changes), 0.5)
+    with torch.inference_mode():
+        expected = reader._forward(question[None], DynamicCache(config=model.config), _Pass(layers, [kept]), 0)
+        model.set_attn_implementation("torch_cpu_ext_kvcrush")
+        cache = KVCrushCache(model.config, KVCrushConfig(budget=80, **changes))
+        model(prompt[None], past_key_values=cache)
+        got = model(question[None], past_key_values=cache).logits
+    torch.testing.assert_close(got, expected, rtol=1e-3, atol=1e-3)
+
+
 def test_dropping_tokens_and_masking_them_is_the_same():
     from kv.methods import Kept, Method, compress
     from kv.reading import _attend
