@@ -63,13 +63,15 @@ def draw(rows: list[dict[str, Any]], x: str, at: dict[str, float], lines: str, v
 
 
 class BenchmarkPlot(SphinxDirective):
-    """``{benchmark-plot} NAME`` with the options ``x``, ``at`` (``value=percent, ...``), ``lines``, ``value`` (mean), ``panels`` and ``where``.
+    """``{benchmark-plot} NAME`` with the options ``x``, ``at``, ``lines``, ``value`` (mean), ``panels`` and ``where``.
 
-    ``where`` is ``field=value, ...``; ``a|b`` stands for either.
+    ``at`` is ``value=percent, ...``, ``where`` is ``field=value, ...``, in which ``a|b`` stands for either.
     """
 
     required_arguments = 1
-    option_spec: ClassVar[dict[str, Callable[[str], str]]] = dict.fromkeys(("x", "at", "lines", "value", "panels", "where"), directives.unchanged)
+    option_spec: ClassVar[dict[str, Callable[[str], str]]] = dict.fromkeys(
+        ("x", "at", "lines", "value", "panels", "where"), directives.unchanged
+    )
 
     def run(self) -> list[nodes.Node]:
         """The figures, as SVG within the page."""
