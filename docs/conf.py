@@ -12,7 +12,7 @@ author = "The torch_cpu_ext authors"
 copyright = "The torch_cpu_ext authors"
 version = release = torch_cpu_ext.__version__
 
-extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "benchmark_table", "op_catalogue"]
+extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "benchmark_table", "benchmark_plot", "op_catalogue"]
 exclude_patterns = ["_build"]
 myst_enable_extensions = ["deflist"]
 myst_heading_anchors = 3

@@ -40,6 +40,14 @@ def test_arguments_go_to_the_benchmark_and_its_exit_code_comes_back(tmp_path, mo
         assert (tmp_path / "seen").read_text() == "--quick --threads 1"
 
 
+def test_the_start_of_a_name_will_do(tmp_path, monkeypatch):
+    (tmp_path / "common.py").touch()
+    for name, code in (("kv_cache", 3), ("kv_cache_speed", 4)):
+        (tmp_path / f"{name}.py").write_text(f"import sys; sys.exit({code})")
+    monkeypatch.setattr(cli_bench, "FOLDER", tmp_path)
+    assert [invoke(name).exit_code for name in ("kv", "kv_cache", "kv_cache_s", "kv_cache_speed")] == [3, 3, 4, 4]
+
+
 def test_says_that_a_wheel_has_no_benchmarks(tmp_path, monkeypatch):
     monkeypatch.setattr(cli_bench, "FOLDER", tmp_path)
     result = invoke("llm_decode")

@@ -186,6 +186,7 @@ def test_manual_builds(tmp_path):
     pytest.importorskip("sphinx")
     pytest.importorskip("furo")
     pytest.importorskip("myst_parser")
+    pytest.importorskip("matplotlib")
     done = subprocess.run(
         [sys.executable, "-m", "sphinx", "-q", "-W", "--keep-going", "-b", "html", str(DOCS), str(tmp_path)],
         capture_output=True,

@@ -14,7 +14,7 @@ FOLDER = PACKAGE.parent / "benchmarks"
 
 def bench(
     context: typer.Context,
-    name: Annotated[str | None, typer.Argument(help="A benchmark; without it, their names are listed.")] = None,
+    name: Annotated[str | None, typer.Argument(help="A benchmark, or the start of its name; without it, their names are listed.")] = None,
 ) -> None:
     """Run benchmarks/NAME.py of a checkout; what follows the name goes to it (--quick, --json, --bars, --save, --threads N)."""
     if not (FOLDER / "common.py").is_file():
@@ -24,8 +24,10 @@ def bench(
         for one in names:
             say(one)
         return
-    if name not in names:
-        fail(f"NAME must be one of {', '.join(names)}, got {name}")
+    # The start of a name will do: `bench kv` is `bench kv_cache`.
+    name, given = name if name in names else next((one for one in names if one.startswith(name)), None), name
+    if name is None:
+        fail(f"NAME must be one of {', '.join(names)}, got {given}")
     try:
         code = subprocess.run([sys.executable, str(FOLDER / f"{name}.py"), *context.args]).returncode
     except KeyboardInterrupt:

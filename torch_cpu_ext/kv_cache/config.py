@@ -27,7 +27,8 @@ class KVCrushConfig(Config):
         pool: ``"snapkv"`` scores become the largest among this many neighbouring tokens, an odd number.
         sample: ``"h2o"`` looks at every ``sample``-th query.
         value_norm: whether scores are multiplied by the norm of the token's value.
-        gqa: how the scores of the query heads that share a KV head become one: ``"mean"``, ``"max"`` or ``"sum"``.
+        gqa: how the scores of the query heads that share a KV head become one: ``"mean"``, ``"max"`` or ``"sum"``; or
+            ``"layer"``, the mean of all query heads of the layer, so that a prompt's KV heads all keep the same tokens.
         start: tokens at the start that are always kept.
         recent: tokens at the end that are always kept.
         anchor: what signatures are compared with, ``"mean"``, ``"inv_mean"``, ``"zeros"``, ``"ones"``, ``"alternate"`` or ``"random"``; see
@@ -94,7 +95,7 @@ class KVCrushConfig(Config):
         at_least("sample", 1)
         attention = self.importance in ATTENTION
         require(not self.value_norm or attention, self, "value_norm", f"False unless importance is one of {', '.join(ATTENTION)}")
-        one_of("gqa", ("mean", "max", "sum"))
+        one_of("gqa", ("mean", "max", "sum", "layer"))
         one_of("anchor", ANCHORS)
         require(type(self.anchors) is int and 1 <= self.anchors <= 8, self, "anchors", "an integer from 1 to 8")
         require(type(self.seed) is int and 0 <= self.seed < 2**62, self, "seed", "an integer from 0 to 2**62 - 1")

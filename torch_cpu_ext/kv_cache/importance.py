@@ -26,8 +26,10 @@ def grouped(attention: Tensor, heads: int, how: str) -> Tensor:
     Args:
         attention: float32 ``(batch, query heads, tokens)``.
         heads: KV heads.
-        how: ``"mean"``, ``"max"`` or ``"sum"``.
+        how: ``"mean"``, ``"max"`` or ``"sum"``; or ``"layer"``, the mean of all query heads for each KV head.
     """
+    if how == "layer":
+        return attention.mean(1, keepdim=True).expand(-1, heads, -1)
     groups = attention.unflatten(1, (heads, -1))
     if how == "max":
         return groups.amax(2)
