@@ -263,7 +263,7 @@ def test_what_is_kept_is_attended_to(model):
         keys.append((key, value))
 
     ids = tokens(1, 120)
-    own = cache(model, budget=48)
+    own = cache(model, budget=48, log_count=False)
     update = own.layers[0].update
     own.layers[0].update = lambda key, value, *a, **k: (note(None, key, value), update(key, value, *a, **k))[1]
     hook = attention.register_forward_hook(spy, with_kwargs=True)

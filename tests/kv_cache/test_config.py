@@ -91,7 +91,7 @@ def test_adaptive_gives_to_heads_with_large_scores():
 
 
 def test_scoring():
-    assert scoring(KVCrushConfig()) == {"window": 16, "pool": 7}
+    assert scoring(KVCrushConfig(pool=7)) == {"window": 16, "pool": 7}
     assert scoring(KVCrushConfig(importance="h2o", sample=4)) == {"sample": 4}
     assert scoring(KVCrushConfig(importance="tova")) == {"window": 1}
     assert scoring(KVCrushConfig(importance="random")) == {"window": 16}  # for the signatures

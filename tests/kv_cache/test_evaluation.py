@@ -230,7 +230,8 @@ def test_the_librarys_cache_gives_what_is_evaluated(changes):
     with torch.inference_mode():
         expected = reader._forward(question[None], DynamicCache(config=model.config), _Pass(layers, [kept]), 0)
         model.set_attn_implementation("torch_cpu_ext_kvcrush")
-        cache = KVCrushCache(model.config, KVCrushConfig(budget=80, **changes))
+        published = {"pool": 7, "gqa": "mean", "log_count": False}  # where a `Method` says nothing
+        cache = KVCrushCache(model.config, KVCrushConfig(budget=80, **published | changes))
         model(prompt[None], past_key_values=cache)
         got = model(question[None], past_key_values=cache).logits
     torch.testing.assert_close(got, expected, rtol=1e-3, atol=1e-3)

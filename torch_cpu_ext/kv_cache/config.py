@@ -24,7 +24,7 @@ class KVCrushConfig(Config):
             that of all queries (H2O, arXiv:2306.14048). ``"tova"``: that of the last query (TOVA, arXiv:2401.06104). ``"streaming"``: the
             latest tokens (StreamingLLM, arXiv:2309.17453). ``"key_norm"``: keys of small norm (arXiv:2406.11430). ``"random"``: a control.
         window: queries that ``"snapkv"`` scores are made of, and signatures where the scores are no attention.
-        pool: ``"snapkv"`` scores become the largest among this many neighbouring tokens, an odd number.
+        pool: ``"snapkv"`` scores become the largest among this many neighbouring tokens, an odd number; SnapKV has 7.
         sample: ``"h2o"`` looks at every ``sample``-th query.
         value_norm: whether scores are multiplied by the norm of the token's value.
         gqa: how the scores of the query heads that share a KV head become one: ``"mean"``, ``"max"`` or ``"sum"``; or
@@ -55,10 +55,10 @@ class KVCrushConfig(Config):
     ratio: float = 0.25
     importance: str = "snapkv"
     window: int = 16
-    pool: int = 7
+    pool: int = 1
     sample: int = 1
     value_norm: bool = False
-    gqa: str = "mean"
+    gqa: str = "layer"
     start: int = 4
     recent: int = 32
     anchor: str = "mean"
@@ -66,7 +66,7 @@ class KVCrushConfig(Config):
     seed: int = 0
     layers: str = "uniform"
     heads: str = "uniform"
-    log_count: bool = False
+    log_count: bool = True
     dtype: str = "auto"
     representative_dtype: str | None = None
     evict: str = "prefill"
