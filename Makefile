@@ -17,7 +17,7 @@ demo: $(call STAMP,demo)  ## Run a real LLM with and without torch_cpu_ext, side
 	$(BIN)/torch-cpu-ext demo llm
 
 test: $(call STAMP,test)  ## Run the whole test suite
-	TORCH_CPU_EXT_STRICT=1 $(BIN)/python -m pytest $(ARGS)
+	TORCH_CPU_EXT_STRICT=1 $(BIN)/python -m pytest -n 2 $(ARGS)
 
 quality: $(call STAMP,quality)  ## Check style, types, spelling and formatting
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .
