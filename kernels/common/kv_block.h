@@ -15,6 +15,9 @@ namespace tce {
 // holds two neighbours along the sum, as vdpbf16ps wants them, and no sum has to be added up across a register.
 constexpr int64_t kBlockTokens = 16, kBlockRow = 64;
 
+// Which of the two a block is: where its elements lie.
+enum class Kind { key, value };
+
 constexpr int64_t block_bytes(int64_t head_dim) { return kBlockTokens * head_dim * 2; }
 constexpr int64_t block_rows(int64_t head_dim) { return head_dim / 2; }
 

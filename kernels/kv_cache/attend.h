@@ -19,7 +19,6 @@ namespace tce::kv_cache {
 // int4 keys, of the d elements. The halves of a lane of int4, from the lowest bits on, are numbers 0 2 4 6 1 3 5 7 of the eight along the
 // sum, so that a shift by 4 r brings numbers 2 r and 2 r + 1 to the lowest bits of the lane's two 16-bit words.
 enum class PageType { fp32, bf16, int8, int4, sparse };
-enum class Kind { key, value };
 
 constexpr int64_t kPageTokens = kBlockTokens, kLaneCount = 16, kRowBytes = kBlockRow;
 

@@ -1,4 +1,5 @@
 // The ops of attend.h: checks, allocation, split of the work.
+#include "../common/kv_binding.h"
 #include "../common/parallel.h"
 
 #include <vector>
@@ -15,19 +16,7 @@ const Kernel<AttendVariant> kAttend{"attend",
                                      {Isa::avx512_vnni, avx512_vnni::attend},
                                      {Isa::avx512_bf16, bf16_dot_pays() ? avx512_bf16::attend : nullptr}}};
 
-// Below this many bytes of keys and values, waking a second thread costs more than it brings.
-constexpr int64_t kSerialBytes = 64 << 10;
-
 const char* name_of(const Tensor& tensor) { return torch::headeronly::toString(tensor.scalar_type()); }
-
-Kind kind_of(const std::string& name, const char* op) {
-  STD_TORCH_CHECK(name == "key" || name == "value", op, ": kind must be key or value, got ", name);
-  return name == "key" ? Kind::key : Kind::value;
-}
-
-void check_head_dim(int64_t head_dim, const char* op) {
-  STD_TORCH_CHECK(head_dim > 0 && head_dim % kPageTokens == 0, op, ": head_dim must be a positive multiple of 16, got ", head_dim);
-}
 
 // What the pages of a tensor are; their elements are whole bytes, or floats.
 PageType page_type(const Tensor& pages, Kind kind, int64_t head_dim, const char* op, const std::string& argument) {

@@ -1,4 +1,5 @@
 // The op of prefill.h: checks, allocation, split of the work.
+#include "../common/kv_binding.h"
 #include "../common/parallel.h"
 
 #include <cmath>
@@ -34,7 +35,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> prefill(Tensor query, Tensor key, Ten
   const Float type = float_type(query, op, "query");
   STD_TORCH_CHECK(query.dim() == 4, op, ": query must be 4-D (batch, heads, length, head_dim), got ", query.dim(), "-D");
   const int64_t batch = query.size(0), heads = query.size(1), length = query.size(2), d = query.size(3);
-  STD_TORCH_CHECK(d > 0 && d % kBlockTokens == 0, op, ": head_dim must be a positive multiple of 16, got ", d);
+  check_head_dim(d, op);
   for (const Tensor* tensor : {&key, &value}) {
     const char* argument = tensor == &key ? "key" : "value";
     STD_TORCH_CHECK(tensor->dim() == 4 && tensor->scalar_type() == query.scalar_type(), op, ": ", argument, " must be a 4-D ", name(query),

@@ -25,9 +25,6 @@ constexpr bool valid_page_bytes(int64_t bytes, int64_t head_dim) {
   return bytes == block_bytes(head_dim) || (bytes >= sparse_page_bytes(head_dim, 1) && bytes < block_bytes(head_dim) && bytes % 32 == 0);
 }
 
-// Which of the two a block is: where its elements lie.
-enum class Kind { key, value };
-
 // Prunes 16 vectors of d elements to a page.
 void write_page(const void* x, Float type, int64_t head_dim, Kind kind, int64_t keep, uint8_t* page);
 // The vectors of a page as bf16; false if its bitmap does not fit its size.

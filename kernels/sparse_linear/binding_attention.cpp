@@ -4,6 +4,7 @@
 #include <cmath>
 #include <vector>
 
+#include "../common/kv_binding.h"
 #include "attention.h"
 #include "work.h"
 
@@ -16,18 +17,6 @@ const Kernel<AttentionVariant> kAttention{"attention",
                                            {Isa::avx512, avx512::attention},
                                            {Isa::avx512_vnni, avx512_vnni::attention},
                                            {Isa::avx512_bf16, bf16_dot_pays() ? avx512_bf16::attention : nullptr}}};
-
-// Below this many bytes of keys and values, waking a second thread costs more than it brings.
-constexpr int64_t kSerialBytes = 64 << 10;
-
-Kind kind_of(const std::string& name, const char* op) {
-  STD_TORCH_CHECK(name == "key" || name == "value", op, ": kind must be key or value, got ", name);
-  return name == "key" ? Kind::key : Kind::value;
-}
-
-void check_head_dim(int64_t head_dim, const char* op) {
-  STD_TORCH_CHECK(head_dim > 0 && head_dim % kBlockTokens == 0, op, ": head_dim must be a positive multiple of 16, got ", head_dim);
-}
 
 void check_pages(const Tensor& pages, int64_t head_dim, const char* op, const char* argument) {
   STD_TORCH_CHECK(pages.dim() == 4 && pages.scalar_type() == ScalarType::Byte, op, ": ", argument,

@@ -13,6 +13,7 @@
 #include <sys/syscall.h>
 #include <unistd.h>
 
+#include "../sanitize.h"
 #include "attention.h"
 #include "format.h"
 #include "sparse_linear.h"
@@ -23,29 +24,6 @@ using namespace tce;
 using namespace tce::sparse_linear;
 
 namespace {
-
-std::mt19937 random_bits(1);
-
-[[noreturn]] void fail(const std::string& message) {
-  std::fprintf(stderr, "sanitize_main: %s\n", message.c_str());
-  std::exit(1);
-}
-
-int64_t draw(int64_t end) { return std::uniform_int_distribution<int64_t>(0, end - 1)(random_bits); }
-float normal() { return std::normal_distribution<float>()(random_bits); }
-
-// Memory of exactly `bytes` bytes, `shift` bytes off any alignment, so that a byte past the end or a typed access is seen.
-class Exact {
- public:
-  explicit Exact(int64_t bytes, int64_t shift = 0) : data_(static_cast<uint8_t*>(std::malloc(bytes + shift))), shift_(shift) {}
-  Exact(const Exact&) = delete;
-  ~Exact() { std::free(data_); }
-  uint8_t* get() const { return data_ + shift_; }
-
- private:
-  uint8_t* data_;
-  int64_t shift_;
-};
 
 std::vector<uint8_t> pack(const Dense& weight, const Scheme& scheme) {
   const int64_t panels = divide_up(weight.outputs, kPanel), first = round_up(sizeof(Header) + (panels + 1) * 8, 64);

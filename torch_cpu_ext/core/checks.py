@@ -34,3 +34,19 @@ def type_name(dtype: torch.dtype) -> str:
     """A dtype in the words of PyTorch's C++ side, so that messages do not depend on who raises them."""
     name = str(dtype).removeprefix("torch.")
     return _TYPE_NAMES.get(name, name.capitalize())
+
+
+# ------------------------------------------------------------------------------------------------------------------------- keys and values
+
+TOKENS = 16  # in a block or page of keys or values
+KINDS = ("key", "value")
+
+
+def check_kind(op: str, kind: str) -> None:
+    """Refuses what is neither ``"key"`` nor ``"value"``."""
+    torch._check(kind in KINDS, lambda: f"{op}: kind must be key or value, got {kind}")
+
+
+def check_head_dim(op: str, head_dim: int) -> None:
+    """Refuses vectors that do not fill blocks."""
+    torch._check(head_dim > 0 and head_dim % TOKENS == 0, lambda: f"{op}: head_dim must be a positive multiple of 16, got {head_dim}")

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 try:
     from transformers import AttentionInterface, AttentionMaskInterface
-    from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache, DynamicLayer
+    from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
     from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_forward
     from transformers.masking_utils import causal_mask_function, sdpa_mask
 except ImportError as error:
@@ -27,6 +27,7 @@ from ..core import jit
 from ..core.swap import Row, SharingReplacement
 from ..kv_cache.config import KVCrushConfig
 from ..kv_cache.layer import CompressedKV
+from .cache_layer import CpuLayer, held_bytes
 
 NAME = "torch_cpu_ext_kvcrush"
 
@@ -35,7 +36,7 @@ _numbers = itertools.count()
 _layers: "weakref.WeakValueDictionary[int, KVCrushLayer]" = weakref.WeakValueDictionary()
 
 
-class KVCrushLayer(CacheLayerMixin):
+class KVCrushLayer(CpuLayer):
     """Keys and values of one layer of a `KVCrushCache`.
 
     ``update`` only hands them on, with this layer as an attribute of the keys: importance needs the queries, so everything happens in the
@@ -48,9 +49,6 @@ class KVCrushLayer(CacheLayerMixin):
         shape: KV heads and head dimension that the model has here.
         place: number of this layer among those compressed, and how many they are.
     """
-
-    is_sliding = False
-    supports_early_init = False
 
     def __init__(self, config: Any, crush: KVCrushConfig, name: str, shape: tuple[int, int], place: tuple[int, int]) -> None:
         super().__init__()
@@ -181,12 +179,6 @@ class KVCrushLayer(CacheLayerMixin):
         """Tokens seen, those dropped included: it is what positions are counted by."""
         return self.tokens
 
-    def get_max_length(self) -> int:
-        """-1: there is no maximum."""
-        return -1
-
-    get_max_cache_shape = get_max_length  # what earlier versions of transformers call it
-
     @property
     def is_croppable(self) -> bool:
         """Whether the last tokens can be taken back: not after tokens were dropped or packed into int8 or int4."""
@@ -215,42 +207,9 @@ class KVCrushLayer(CacheLayerMixin):
             self.kept.crop(-tokens_to_remove)
         self.tokens = self.kept.seen
 
-    def _select(self, index: Tensor) -> None:
-        if self.is_initialized:
-            with torch.inference_mode(False):
-                self.kept.rows(index.cpu().clone())
-            self.batch_size = len(index)
-
-    def reorder_cache(self, beam_idx: Tensor) -> None:
-        """Puts the rows of the batch in a new order, for beam search. Pages that are full are shared, not copied.
-
-        Args:
-            beam_idx: int64 ``(batch,)``: the row each row becomes.
-        """
-        self._select(beam_idx)
-
-    def batch_repeat_interleave(self, repeats: int) -> None:
-        """Repeats each row of the batch.
-
-        Args:
-            repeats: how often.
-        """
-        if self.is_initialized:
-            self._select(torch.arange(self.batch_size).repeat_interleave(repeats))
-
-    def batch_select_indices(self, indices: Tensor) -> None:
-        """Keeps some rows of the batch.
-
-        Args:
-            indices: which, int64 or bool.
-        """
-        self._select(indices.nonzero()[:, 0] if indices.dtype == torch.bool else indices)
-
-    def offload(self) -> None:
-        """Does nothing: the cache is on the CPU."""
-
-    def prefetch(self) -> None:
-        """Does nothing: the cache is on the CPU."""
+    def _rows(self, index: Tensor) -> None:
+        with torch.inference_mode(False):
+            self.kept.rows(index.cpu().clone())
 
     @property
     def nbytes(self) -> int:
@@ -314,13 +273,7 @@ class KVCrushCache(Cache):
     @property
     def nbytes(self) -> int:
         """Bytes of memory held by all layers, spare room included."""
-        total = 0
-        for layer in self.layers:
-            tensors = (getattr(layer, "keys", None), getattr(layer, "values", None))
-            total += (
-                layer.nbytes if isinstance(layer, KVCrushLayer) else sum(t.numel() * t.element_size() for t in tensors if t is not None)
-            )
-        return total
+        return held_bytes(self.layers)
 
 
 def _shape(decoder: Any, layer: int) -> tuple[int, int]:

@@ -13,14 +13,16 @@ from torch import Tensor
 
 try:
     from transformers import AttentionInterface, AttentionMaskInterface
-    from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache, DynamicLayer
+    from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
     from transformers.masking_utils import sdpa_mask
 except ImportError as error:
     raise ImportError("transformers must be installed: pip install 'torch_cpu_ext[transformers]'") from error
 
 from ..core import memory
-from ..sparse_linear.attention import TOKENS, attend, compress_kv, expand_kv, from_blocks, kept, page_bytes, to_blocks
+from ..core.checks import TOKENS
+from ..sparse_linear.attention import attend, compress_kv, expand_kv, from_blocks, kept, page_bytes, to_blocks
+from .cache_layer import CpuLayer, held_bytes
 
 NAME = "torch_cpu_ext_sparse"
 
@@ -28,7 +30,7 @@ _SLACK = 64  # tokens the tail may hold beyond its window, so that pages leave i
 _FEW = 8  # new tokens that attention over pages takes at least
 
 
-class SparseKVLayer(CacheLayerMixin):
+class SparseKVLayer(CpuLayer):
     """Keys and values of one layer: pages of pruned vectors, and a dense tail of the last tokens.
 
     The tail holds at least the last ``window`` tokens (or all, while there are fewer) as bfloat16 and grows by 64 before whole pages of 16
@@ -41,11 +43,9 @@ class SparseKVLayer(CacheLayerMixin):
         window: see `SparseKVCache`.
     """
 
-    is_sliding = False
     # A crop that reaches into the pages finds them pruned, and tokens that left the window before a crop do not come back dense. That is
     # all the trace it leaves, so that assisted decoding may roll back.
     is_croppable = True
-    supports_early_init = False
 
     def __init__(self, config: Any, k_sparsity: float, v_sparsity: float, window: int) -> None:
         super().__init__()
@@ -189,12 +189,6 @@ class SparseKVLayer(CacheLayerMixin):
         """Tokens held."""
         return self.pages * TOKENS + self.tail
 
-    def get_max_length(self) -> int:
-        """-1: there is no maximum."""
-        return -1
-
-    get_max_cache_shape = get_max_length  # what earlier versions of transformers call it
-
     def crop(self, tokens_to_remove: int) -> None:
         """Drops the last tokens.
 
@@ -215,42 +209,10 @@ class SparseKVLayer(CacheLayerMixin):
                 page = expand_kv(store[:, :, self.pages : self.pages + 1], kind=kind, head_dim=self.head_dim)
                 self.blocks[kind][:, :, :1] = to_blocks(page, kind)
 
-    def _select(self, function: Any) -> None:
+    def _rows(self, index: Tensor) -> None:
         for tensors in (self.page_store, self.blocks):
             for kind, tensor in tensors.items():
-                tensors[kind] = function(tensor)
-        if self.is_initialized:
-            self.batch_size = self.blocks["key"].shape[0]
-
-    def reorder_cache(self, beam_idx: Tensor) -> None:
-        """Puts the rows of the batch in a new order, for beam search.
-
-        Args:
-            beam_idx: int64 ``(batch,)``: the row each row becomes.
-        """
-        self._select(lambda tensor: tensor.index_select(0, beam_idx))
-
-    def batch_repeat_interleave(self, repeats: int) -> None:
-        """Repeats each row of the batch.
-
-        Args:
-            repeats: how often.
-        """
-        self._select(lambda tensor: tensor.repeat_interleave(repeats, 0))
-
-    def batch_select_indices(self, indices: Tensor) -> None:
-        """Keeps some rows of the batch.
-
-        Args:
-            indices: which.
-        """
-        self._select(lambda tensor: tensor[indices])
-
-    def offload(self) -> None:
-        """Does nothing: the cache is on the CPU."""
-
-    def prefetch(self) -> None:
-        """Does nothing: the cache is on the CPU."""
+                tensors[kind] = tensor.index_select(0, index)
 
     @property
     def nbytes(self) -> int:
@@ -289,13 +251,7 @@ class SparseKVCache(Cache):
     @property
     def nbytes(self) -> int:
         """Bytes of memory held by all layers, spare room included."""
-        total = 0
-        for layer in self.layers:
-            tensors = (getattr(layer, "keys", None), getattr(layer, "values", None))
-            total += (
-                layer.nbytes if isinstance(layer, SparseKVLayer) else sum(t.numel() * t.element_size() for t in tensors if t is not None)
-            )
-        return total
+        return held_bytes(self.layers)
 
 
 @functools.lru_cache(maxsize=32)

@@ -4,10 +4,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from ..core.checks import TOKENS
 from .budget import adaptive, pyramid
 from .config import ATTENTION, KVCrushConfig
 from .importance import grouped, importance, scoring, selection
-from .pages import TOKENS, attend, pack, unpack
+from .pages import attend, pack, unpack
 from .prefill import prefill
 from .selection import select, sign
 from .store import Tier, take

@@ -22,11 +22,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..core.checks import check_float, type_name
+from ..core.checks import TOKENS, check_float, check_head_dim, check_kind, type_name
 from ..core.registry import define
 
-TOKENS = 16  # in a page
-KINDS = ("key", "value")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "int8": torch.int8, "int4": torch.uint8}
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 _LIMIT = 65504.0  # of float16, in which scales and minimums are kept
@@ -58,14 +56,6 @@ def page_bytes(kind: str, dtype: str, head_dim: int) -> int:
     return page_size(kind, dtype, head_dim) * DTYPES[dtype].itemsize
 
 
-def _check_kind(op: str, kind: str) -> None:
-    torch._check(kind in KINDS, lambda: f"{op}: kind must be key or value, got {kind}")
-
-
-def _check_head_dim(op: str, head_dim: int) -> None:
-    torch._check(head_dim > 0 and head_dim % TOKENS == 0, lambda: f"{op}: head_dim must be a positive multiple of 16, got {head_dim}")
-
-
 # ------------------------------------------------------------------------------------------------------------------------------------ pack
 
 
@@ -92,9 +82,9 @@ def _check_pack(x: Tensor, kind: str, dtype: str) -> None:
     op = "kv_cache_pack"
     check_float(op, "x", x)
     torch._check(x.dim() == 4, lambda: f"{op}: x must be 4-D (batch, KV heads, tokens, head_dim), got {x.dim()}-D")
-    _check_head_dim(op, x.shape[3])
+    check_head_dim(op, x.shape[3])
     torch._check(x.shape[2] % TOKENS == 0, lambda: f"{op}: x must have a multiple of 16 tokens, got {x.shape[2]}")
-    _check_kind(op, kind)
+    check_kind(op, kind)
     torch._check(dtype in DTYPES, lambda: f"{op}: dtype must be fp32, bf16, int8 or int4, got {dtype}")
 
 
@@ -186,8 +176,8 @@ def _check_pages(op: str, argument: str, pages: Tensor, kind: str, head_dim: int
 
 def _check_unpack(pages: Tensor, kind: str, head_dim: int) -> None:
     op = "kv_cache_unpack"
-    _check_head_dim(op, head_dim)
-    _check_kind(op, kind)
+    check_head_dim(op, head_dim)
+    check_kind(op, kind)
     torch._check(pages.dim() == 4, lambda: f"{op}: pages must be 4-D (batch, KV heads, pages, elements), got {pages.dim()}-D")
     _check_pages(op, "pages", pages, kind, head_dim)
 
@@ -330,7 +320,7 @@ def _check_append(k_pages: Tensor, v_pages: Tensor, table: Tensor, length: Tenso
             f"got {list(value.shape)} {type_name(value.dtype)}"
         ),
     )
-    _check_head_dim(op, key.shape[3])
+    check_head_dim(op, key.shape[3])
     for name, pages in (("k_pages", k_pages), ("v_pages", v_pages)):
         torch._check(
             pages.dtype in (torch.float32, torch.bfloat16) and pages.dtype == k_pages.dtype,
@@ -447,7 +437,7 @@ def _check_attend(
     check_float(op, "query", query)
     torch._check(query.dim() == 4, lambda: f"{op}: query must be 4-D (batch, heads, length, head_dim), got {query.dim()}-D")
     batch, q_heads, _, d = query.shape
-    _check_head_dim(op, d)
+    check_head_dim(op, d)
     torch._check(len(k_pages) > 0, lambda: f"{op}: k_pages must have one pool at least, got none")
     for name, values in (("v_pages", v_pages), ("tables", tables), ("lengths", lengths)):
         torch._check(

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..core.checks import check_float, type_name
+from ..core.checks import check_float, check_head_dim, type_name
 from ..core.registry import CATALOGUE, define
 
 
@@ -112,7 +112,7 @@ def _check(
     check_float(_OP, "query", query)
     torch._check(query.dim() == 4, lambda: f"{_OP}: query must be 4-D (batch, heads, length, head_dim), got {query.dim()}-D")
     batch, heads, length, d = query.shape
-    torch._check(d > 0 and d % 16 == 0, lambda: f"{_OP}: head_dim must be a positive multiple of 16, got {d}")
+    check_head_dim(_OP, d)
     for name, tensor in (("key", key), ("value", value)):
         torch._check(
             tensor.dim() == 4 and tensor.dtype == query.dtype,

@@ -7,7 +7,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..core import memory
-from .pages import DTYPES, TOKENS, append, pack, page_size, unpack
+from ..core.checks import TOKENS
+from .pages import DTYPES, append, pack, page_size, unpack
 
 _KINDS = ("key", "value")
 

@@ -8,11 +8,8 @@ import math
 import torch
 from torch import Tensor
 
-from ..core.checks import check_float, type_name
+from ..core.checks import TOKENS, check_float, check_head_dim, check_kind, type_name
 from ..core.registry import define
-
-TOKENS = 16  # in a block or page
-KINDS = ("key", "value")
 
 
 def kept(head_dim: int, sparsity: float) -> int:
@@ -63,14 +60,6 @@ def from_blocks(blocks: Tensor, kind: str) -> Tensor:
     return blocks.transpose(4, 5).flatten(2, 4)
 
 
-def _check_kind(op: str, kind: str) -> None:
-    torch._check(kind in KINDS, lambda: f"{op}: kind must be key or value, got {kind}")
-
-
-def _check_head_dim(op: str, head_dim: int) -> None:
-    torch._check(head_dim > 0 and head_dim % TOKENS == 0, lambda: f"{op}: head_dim must be a positive multiple of 16, got {head_dim}")
-
-
 def _check_pages(op: str, argument: str, pages: Tensor, head_dim: int) -> None:
     torch._check(
         pages.dim() == 4 and pages.dtype == torch.uint8,
@@ -111,9 +100,9 @@ def _check_compress(x: Tensor, kind: str, sparsity: float) -> None:
     op = "sparse_linear_compress_kv"
     check_float(op, "x", x)
     torch._check(x.dim() == 4, lambda: f"{op}: x must be 4-D (batch, KV heads, tokens, head_dim), got {x.dim()}-D")
-    _check_head_dim(op, x.shape[3])
+    check_head_dim(op, x.shape[3])
     torch._check(x.shape[2] % TOKENS == 0, lambda: f"{op}: x must have a multiple of 16 tokens, got {x.shape[2]}")
-    _check_kind(op, kind)
+    check_kind(op, kind)
     torch._check(
         kept(x.shape[3], sparsity) > 0, lambda: f"{op}: sparsity must be at least 0 and leave one element a vector, got {sparsity:g}"
     )
@@ -165,9 +154,9 @@ def expand_kv(pages: Tensor, *, kind: str, head_dim: int) -> Tensor:
 
 def _check_expand(pages: Tensor, kind: str, head_dim: int) -> None:
     op = "sparse_linear_expand_kv"
-    _check_head_dim(op, head_dim)
+    check_head_dim(op, head_dim)
     _check_pages(op, "pages", pages, head_dim)
-    _check_kind(op, kind)
+    check_kind(op, kind)
 
 
 def _expand_fake(pages: Tensor, *, kind: str, head_dim: int) -> Tensor:
@@ -238,7 +227,7 @@ def _check_attend(query: Tensor, k_pages: Tensor, v_pages: Tensor, k_tail: Tenso
     check_float(op, "query", query)
     torch._check(query.dim() == 4, lambda: f"{op}: query must be 4-D (batch, heads, length, head_dim), got {query.dim()}-D")
     batch, heads, _, d = query.shape
-    _check_head_dim(op, d)
+    check_head_dim(op, d)
     for name, pages, tail, inner in (("k", k_pages, k_tail, (d // 2, TOKENS)), ("v", v_pages, v_tail, (TOKENS // 2, d))):
         if name == "k":
             torch._check(
