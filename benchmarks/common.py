@@ -158,11 +158,23 @@ def main(rows: Callable[[bool], Iterable[Row]], bars: Callable[[], dict[str, flo
         results.append(result)
         _note(f"{result['case']}: {result['ratio']:.2f} times {result['peer']}")
     if arguments.save:
-        path = FOLDER / "results" / f"{name}-{re.sub('[^a-z0-9]+', '-', about['cpu'].lower()).strip('-')}.json"
-        path.parent.mkdir(exist_ok=True)
-        path.write_text(lines(results) + "\n")
+        path = results_path(name, about["cpu"])
+        store(path, results)
         _note(f"written: {path.relative_to(FOLDER.parent)}")
     print(lines(results)) if arguments.json else _print_table(results, about)
+
+
+def results_path(name: str, cpu: str) -> Path:
+    """Where the results of a benchmark on a processor are saved."""
+    return FOLDER / "results" / f"{name}-{re.sub('[^a-z0-9]+', '-', cpu.lower()).strip('-')}.json"
+
+
+def store(path: Path, results: Iterable[Row]) -> None:
+    """Writes results, all or nothing."""
+    path.parent.mkdir(exist_ok=True)
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(lines(results) + "\n")
+    temporary.replace(path)
 
 
 def _print_bars(name: str, bars: Callable[[], dict[str, float | None]] | None, about: dict[str, Any]) -> None:

@@ -13,7 +13,6 @@ import itertools
 import json
 import math
 import os
-import re
 import statistics
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -28,7 +27,7 @@ from torch_cpu_ext.core.progress import bar
 from torch_cpu_ext.integrations import smollm2
 
 import pruning
-from common import FOLDER, Row, describe, lines, machine
+from common import Row, describe, lines, machine, results_path, store
 from kv import recall, tasks
 from kv.methods import Kept, Method, compress
 from kv.reading import Reader
@@ -252,7 +251,7 @@ def main() -> None:
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
     about = machine()
-    path = FOLDER / "results" / f"kv_cache-{re.sub('[^a-z0-9]+', '-', about['cpu'].lower()).strip('-')}.json"
+    path = results_path("kv_cache", about["cpu"])
     stored = json.loads(path.read_text()) if arguments.save and path.exists() else []
     rows = {row["case"]: row for row in stored if row["config"]["task"] != "average" and SETTINGS.items() <= row["config"].items()}
     evaluation, full = Evaluation(), []
@@ -266,9 +265,7 @@ def main() -> None:
         merge(rows, subject, seed, evaluation.measure(subject, seed), about)
         full = [*rows.values(), *average(list(rows.values()))]
         if arguments.save:
-            temporary = path.with_suffix(".tmp")
-            temporary.write_text(lines(full) + "\n")
-            temporary.replace(path)
+            store(path, full)
     full = full or [*rows.values(), *average(list(rows.values()))]
     full = [row for row in full if arguments.only in row["case"]]
     print(lines(full)) if arguments.json else print_tables(full, about)

@@ -31,7 +31,7 @@ from torch_cpu_ext.core.progress import step
 from torch_cpu_ext.integrations import smollm2
 from torch_cpu_ext.integrations.language import perplexity
 
-from common import FOLDER, Row, lines, machine
+from common import Row, lines, machine, results_path, store
 
 PACKAGES = {"python docs": ("python3.11-doc", "**/_sources/**/*.rst.txt"), "prose": ("anarchism", "**/markdown/*.md.gz")}
 LENGTH, EVALUATED, CALIBRATED = 512, 8, 16  # tokens a window; windows of each text
@@ -165,7 +165,7 @@ def main() -> None:
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
     about = machine()
-    path = FOLDER / "results" / f"pruning-{re.sub('[^a-z0-9]+', '-', about['cpu'].lower()).strip('-')}.json"
+    path = results_path("pruning", about["cpu"])
     old = json.loads(path.read_text()) if arguments.save and path.exists() else []
     kept = {row["case"]: row for row in old if SETTINGS.items() <= row["config"].items()}
     order = [case(*settings) for settings in cases(quick=False)]
@@ -175,9 +175,7 @@ def main() -> None:
         results.append(row)
         if arguments.save:
             kept[row["case"]] = row
-            temporary = path.with_suffix(".tmp")
-            temporary.write_text(lines(sorted(kept.values(), key=lambda one: order.index(one["case"]))) + "\n")
-            temporary.replace(path)
+            store(path, sorted(kept.values(), key=lambda one: order.index(one["case"])))
     print(lines(results)) if arguments.json else print_table(results)
 
 
