@@ -7,10 +7,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..core import memory
-from ..core.checks import TOKENS
+from ..core.checks import KINDS, TOKENS
 from .pages import DTYPES, append, pack, page_size, unpack
-
-_KINDS = ("key", "value")
 
 
 def take(x: Tensor, index: Tensor) -> Tensor:
@@ -50,10 +48,10 @@ class Tier:
         column = torch.arange(width)
         self.table = torch.where(column < self.pages[..., None], begin + column, 0).to(torch.int32)
         self.slots = {name: pad_tokens(x, TOKENS * width) for name, x in slots.items()}
-        self.pools = {kind: _pool(used, page_size(kind, dtype, self.head_dim), dtype) for kind in _KINDS}
+        self.pools = {kind: _pool(used, page_size(kind, dtype, self.head_dim), dtype) for kind in KINDS}
         self.free = torch.empty(0, dtype=torch.int64)
         whole = tokens // TOKENS * TOKENS  # the rest is padded apart, so that most need no copy
-        for kind, x in zip(_KINDS, (key, value), strict=True):
+        for kind, x in zip(KINDS, (key, value), strict=True):
             for low, part in ((0, x[:, :, :whole]), (whole // TOKENS, pad_tokens(x[:, :, whole:], TOKENS) if whole < tokens else None)):
                 if part is not None and part.shape[2]:
                     self._write(kind, low, pack(part, kind=kind, dtype=dtype), filled)
@@ -128,7 +126,7 @@ class Tier:
         batch, head, n = mask.nonzero(as_tuple=True)
         column, ids = self.pages[batch, head] + n, self._allocate(len(n))
         self.table[batch, head, column] = ids.int()
-        for kind, pages in zip(_KINDS, (key, value), strict=True):
+        for kind, pages in zip(KINDS, (key, value), strict=True):
             self.pools[kind][ids] = pages[:, None]
         for name, x in slots.items():
             self.slots[name].unflatten(2, (-1, TOKENS))[batch, head, column] = x
